@@ -1,0 +1,116 @@
+"""The one forward of a quantized linear, as calls to the op set it was given.
+
+`ops` is `core.reference` or `kernels.ops`: same names, same signatures. This inversion keeps the mathematics free of
+devices, and lets the host's layer, the quantizer and the tests call the very same function.
+
+A host layer may be stored as several linears (`Part`), side by side in its rows or in its columns. A LoRA is more
+rank (`Branch`), possibly for some rows or columns only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .weights import LinearWeights
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A stored linear and where its output rows and input columns begin in the host's layer."""
+
+    weights: LinearWeights
+    row: int = 0
+    column: int = 0
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.weights.out_features)
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.column, self.column + self.weights.in_features)
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """Extra rank on raw activations: y[:, rows] += strength * (x[:, columns] @ down.T) @ up.T.
+
+    down      [r, k]   any float   k = width of `columns`
+    up        [n, r]   any float   n = height of `rows`
+    strength  float    the product of every scalar on the way (LoRA strength, alpha / rank)
+    rows      slice    output rows of the layer it adds to
+    columns   slice    input columns of the layer it reads
+    """
+
+    down: Tensor
+    up: Tensor
+    strength: float
+    rows: slice
+    columns: slice
+
+
+def linear(x: Tensor, weights: LinearWeights, ops: ModuleType) -> Tensor:
+    """One stored linear: quantize the activations, multiply, add branch and bias.
+
+    x        [M, K]   fp32 | bf16 | fp16
+    returns  [M, N]   fp32
+    """
+    spec = weights.spec
+    if spec.format == "awq":
+        return ops.gemv_awq(x, weights)
+    if spec.format == "nvfp4":
+        return ops.gemm_nvfp4(*ops.quantize_nvfp4(x, weights.smooth, weights.down), weights)
+    if spec.act_shift:
+        quantized = ops.quantize_int4_unsigned(x, weights.smooth, weights.down, spec.act_shift)
+    else:
+        quantized = ops.quantize_int4(x, weights.smooth, weights.down)
+    return ops.gemm_int4(*quantized, weights)
+
+
+def join(x: Tensor, parts: Sequence[Part], out_features: int, ops: ModuleType) -> Tensor:
+    """A layer made of parts: rows are laid side by side, columns are summed.
+
+    x        [M, K]   fp32 | bf16 | fp16
+    returns  [M, N]   fp32
+    """
+    if len(parts) == 1:
+        return linear(x, parts[0].weights, ops)
+    y = torch.zeros(x.shape[0], out_features, dtype=torch.float32, device=x.device)
+    for part in parts:
+        y[:, part.rows] += linear(x[:, part.columns], part.weights, ops)
+    return y
+
+
+def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
+    """Add LoRA branches to a layer's output, in fp32.
+
+    y        [M, N]   fp32   changed in place
+    x        [M, K]   any float
+    returns  [M, N]   fp32
+    """
+    for branch in branches:
+        h = x[:, branch.columns].float() @ branch.down.float().T
+        y[:, branch.rows] += (h * branch.strength) @ branch.up.float().T
+    return y
+
+
+def forward(
+    x: Tensor, parts: Sequence[Part], bias: Tensor | None, branches: Sequence[Branch], ops: ModuleType
+) -> Tensor:
+    """A host layer's forward.
+
+    x        [..., K]   fp32 | bf16 | fp16
+    bias     [N]        any float or None      added once; the parts carry none of their own here
+    returns  [..., N]   as x
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    out_features = max(part.rows.stop for part in parts)
+    y = add_branches(join(flat, parts, out_features, ops), flat, branches)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], out_features)

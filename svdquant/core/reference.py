@@ -1,0 +1,140 @@
+"""The op set in readable torch: what every kernel means, and what runs where no kernel is built.
+
+Quantizers turn activations into codes and scales and compute the branch's hidden values in the same pass, because a
+kernel reads x once. GEMMs take those and return the finished output. Everything accumulates in fp32.
+
+Group products are integers below 2^13 (int4) or multiples of 1/4 (e2m1): scaling both operands first and multiplying
+once is the same sum, exact in fp32 up to the rounding of the accumulation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as matmul
+
+from . import awq, fp4, int4
+from .groups import INT4_GROUP, NVFP4_GROUP, act_scale, expand, group
+from .smooth import smooth_act
+from .weights import LinearWeights
+
+
+def hidden(x: Tensor, down: Tensor) -> Tensor:
+    """The branch's hidden values, summed in fp32: [M, K] x [R, K] -> [M, R] fp32."""
+    return matmul(x.float(), down.float())
+
+
+def _codes(xs: Tensor, alpha: Tensor, size: int) -> Tensor:
+    """xs / alpha by groups, in fp32, 0 where a group is all zero: [M, K], [M, G] -> [M, G, size]."""
+    divisor = torch.where(alpha == 0, torch.ones_like(alpha), alpha).unsqueeze(-1)
+    return group(xs.float(), size) / divisor
+
+
+def quantize_int4(x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed int4 activations, one scale per token and 64 columns.
+
+    x        [M, K]      fp32 | bf16 | fp16
+    smooth   [K]         any float     divides x
+    down     [R, K]      any float     sees raw x
+    returns
+      codes  [M, K]      int8          -7..7
+      scales [M, K/64]   as x          absmax / 7, rounded; the codes used the unrounded one
+      hidden [M, R]      fp32
+    """
+    xs = smooth_act(x, smooth)
+    alpha = act_scale(xs, INT4_GROUP, int4.EMITTED_MAX)
+    codes = torch.round(_codes(xs, alpha, INT4_GROUP)).clamp(int4.STORED_MIN, int4.STORED_MAX)
+    return codes.flatten(-2).to(torch.int8), alpha.to(x.dtype), hidden(x, down)
+
+
+def quantize_int4_unsigned(
+    x: Tensor, smooth: Tensor, down: Tensor, shift: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unsigned int4 activations of x + shift, for what follows a GELU.
+
+    x        [M, K]      fp32 | bf16 | fp16   above -shift
+    smooth   [K]         any float            divides x + shift
+    down     [R, K]      any float            sees raw x, without the shift
+    returns
+      codes  [M, K]      uint8                0..15
+      scales [M, K/64]   as x                 max / 15
+      hidden [M, R]      fp32
+    """
+    xs = smooth_act((x.float() + shift).to(x.dtype), smooth)
+    alpha = act_scale(xs, INT4_GROUP, int4.UNSIGNED_MAX)
+    codes = torch.round(_codes(xs, alpha, INT4_GROUP)).clamp(0, int4.UNSIGNED_MAX)
+    return codes.flatten(-2).to(torch.uint8), alpha.to(x.dtype), hidden(x, down)
+
+
+def quantize_nvfp4(x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """e2m1 activations, one e4m3 scale per token and 16 columns, no second scale.
+
+    x        [M, K]      fp32 | bf16 | fp16
+    smooth   [K]         any float
+    down     [R, K]      any float
+    returns
+      codes  [M, K]      uint8   e2m1, ties to even
+      scales [M, K/16]   e4m3    absmax / 6; saturates at 448, 0 below 2^-10
+      hidden [M, R]      fp32
+    """
+    xs = smooth_act(x, smooth)
+    alpha = act_scale(xs, NVFP4_GROUP, 6).clamp(max=fp4.E4M3_MAX)
+    reciprocal = torch.where(alpha == 0, torch.zeros_like(alpha), 1 / alpha).unsqueeze(-1)
+    codes = fp4.encode_act((group(xs.float(), NVFP4_GROUP) * reciprocal).flatten(-2))
+    return codes, fp4.to_e4m3(alpha), hidden(x, down)
+
+
+def gemm_int4(codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
+    """W4A4 GEMM with the branch and bias: signed or unsigned codes, int4 weights.
+
+    codes    [M, K]      int8 | uint8
+    scales   [M, K/64]   any float
+    hidden   [M, R]      fp32
+    returns  [M, N]      fp32
+    """
+    x = codes.float() * expand(scales.float(), INT4_GROUP)
+    return _with_branch(matmul(x, int4.dequantize_weight(weights.codes, weights.scales)), hidden, weights)
+
+
+def gemm_nvfp4(codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
+    """NVFP4 GEMM with the branch and bias: codes [M, K] uint8, scales [M, K/16] e4m3 -> [M, N] fp32."""
+    x = fp4.decode(codes) * expand(scales.float(), NVFP4_GROUP)
+    w = fp4.dequantize_weight(weights.codes, weights.scales, weights.second_scale)
+    return _with_branch(matmul(x, w), hidden, weights)
+
+
+def gemv_awq(x: Tensor, weights: LinearWeights) -> Tensor:
+    """W4A16 product with the bias, for few tokens: x [M, K] -> [M, N] fp32."""
+    y = matmul(x.float(), awq.dequantize_weight(weights.codes, weights.scales, weights.zeros))
+    return y if weights.bias is None else y + weights.bias.float()
+
+
+def _with_branch(y: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
+    y = y + matmul(hidden, weights.up.float())
+    return y if weights.bias is None else y + weights.bias.float()
+
+
+def dequantize(weights: LinearWeights) -> Tensor:
+    """The weight a quantized linear stands for: codes * scales / smooth + up @ down.
+
+    returns  [N, K]   fp32
+    """
+    if weights.spec.format == "awq":
+        return awq.dequantize_weight(weights.codes, weights.scales, weights.zeros)
+    return residual(weights) + weights.up.float() @ weights.down.float()
+
+
+def residual(weights: LinearWeights) -> Tensor:
+    """The 4-bit part of an SVDQuant weight, on raw activations: codes * scales / smooth, [N, K] fp32."""
+    if weights.spec.format == "int4":
+        w = int4.dequantize_weight(weights.codes, weights.scales)
+    else:
+        w = fp4.dequantize_weight(weights.codes, weights.scales, weights.second_scale)
+    return w / weights.smooth.float()
+
+
+def plain_bias(weights: LinearWeights) -> Tensor | None:
+    """The bias that goes with `dequantize`: the stored one without the act_shift compensation, [N] fp32."""
+    if weights.bias is None or not weights.spec.act_shift:
+        return None if weights.bias is None else weights.bias.float()
+    return weights.bias.float() + residual(weights).sum(-1) * weights.spec.act_shift

@@ -1,0 +1,152 @@
+"""Natural order <-> the tile orders found on disk, each with its inverse.
+
+The Nunchaku orders P1..P7 are tensor-core fragment orders: P1 follows the B fragment of m16n8k64, P5 and P6 that of
+m16n8k16. Stored shapes are nominal there; only element counts mean something. Every pair below is one einops pattern
+read left to right (tile) and right to left (natural).
+
+Letters: nt, kt count tiles of N and K; the other letters are the axes inside a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .int4 import pack_nibbles, unpack_unsigned
+
+TILE_N = 128  # rows of a Nunchaku tile; N, K and channel vectors are padded to it
+TILE_R = 16  # ranks are padded to it
+
+_P1 = "(nt a b c) (kt p l i) -> nt kt a c l b p i", dict(a=8, b=2, c=8, p=2, l=4, i=4)
+_P2 = "(nt a b c d) -> nt a c b d", dict(a=8, b=2, c=4, d=2)
+_P3 = "(nt a b c d) g -> nt g a c b d", dict(a=8, b=2, c=4, d=2)
+_P4 = "(nt b c d) (g e) -> nt g d c b e", dict(b=4, c=4, d=8, e=4)
+_P5 = "(rp b m) (cp p l e) -> cp rp m l b p e", dict(b=2, m=8, p=2, l=4, e=2)
+_P6 = "(cp b m) (rp p l e) -> cp rp m l b p e", dict(b=2, m=8, p=2, l=4, e=2)
+_P7 = "(nt r) (kt h j i) -> nt kt r h i j", dict(r=4, h=2, j=4, i=8)
+_KITCHEN_WEIGHT = "(nt a b) (kt c) -> nt kt a (b c)", dict(a=32, b=4, c=32)
+_KITCHEN_ROWS = "(nt n) r -> nt r n", dict(n=128)
+
+
+def _tile(x: Tensor, order: tuple[str, dict[str, int]]) -> Tensor:
+    pattern, sizes = order
+    return rearrange(x, pattern, **sizes).contiguous()
+
+
+def _natural(flat: Tensor, order: tuple[str, dict[str, int]], **outer: int) -> Tensor:
+    """Undo `_tile` on a tensor of any shape; `outer` gives the tile counts that its size alone does not tell."""
+    pattern, sizes = order
+    left, right = pattern.split(" -> ")
+    letters = right.replace("(", "").replace(")", "").split()
+    axes = {**sizes, **outer}
+    shape = [axes.get(letter, -1) for letter in letters]
+    return rearrange(flat.reshape(shape), f"{' '.join(letters)} -> {left}", **sizes).contiguous()
+
+
+def pad_to(x: Tensor, multiples: tuple[int, ...], fill: float) -> Tensor:
+    """Pad every axis at its end to a multiple: [a, b] with multiples (m, n) -> [ceil(a/m)*m, ceil(b/n)*n]."""
+    widths: list[int] = []
+    for size, multiple in zip(reversed(x.shape), reversed(multiples), strict=True):
+        widths += [0, -size % multiple]
+    if not any(widths):
+        return x
+    if x.dtype == torch.float8_e4m3fn:  # no pad kernel for it
+        return pad(x.float(), widths, value=fill).to(x.dtype)
+    return pad(x, widths, value=fill)
+
+
+def tile_codes(packed: Tensor) -> Tensor:
+    """P1, 4-bit weight codes: natural [N, K/2] uint8 -> stored [N, K/2] int8. N, K multiples of 128, 64."""
+    return _tile(packed, _P1).view(torch.int8).reshape(packed.shape)
+
+
+def untile_codes(stored: Tensor) -> Tensor:
+    """P1 back: stored [N, K/2] int8 -> natural [N, K/2] uint8."""
+    return _natural(stored.view(torch.uint8), _P1, nt=stored.shape[0] // TILE_N, kt=stored.shape[1] // 32)
+
+
+def tile_vector(x: Tensor) -> Tensor:
+    """P2, channel vectors (bias, smooth, wcscales): [L] -> [L], L a multiple of 128."""
+    return _tile(x, _P2).reshape(-1)
+
+
+def untile_vector(stored: Tensor) -> Tensor:
+    """P2 back: [L] -> [L]."""
+    return _natural(stored, _P2)
+
+
+def tile_scales(scales: Tensor) -> Tensor:
+    """P3, int4 group scales: natural [N, G] -> stored [G, N]."""
+    return _tile(scales, _P3).reshape(scales.shape[1], scales.shape[0])
+
+
+def untile_scales(stored: Tensor) -> Tensor:
+    """P3 back: stored [G, N] -> natural [N, G]."""
+    return _natural(stored, _P3, g=stored.shape[0])
+
+
+def tile_micro_scales(scales: Tensor) -> Tensor:
+    """P4, nvfp4 group scales: natural [N, G] e4m3 -> stored [G, N], G a multiple of 4."""
+    stored = _tile(scales.view(torch.uint8), _P4).reshape(scales.shape[1], scales.shape[0])
+    return stored.view(scales.dtype)
+
+
+def untile_micro_scales(stored: Tensor) -> Tensor:
+    """P4 back: stored [G, N] -> natural [N, G]."""
+    return _natural(stored.view(torch.uint8), _P4, g=stored.shape[0] // 4).view(stored.dtype)
+
+
+def tile_down(down: Tensor) -> Tensor:
+    """P5, low-rank down: natural [R, K] -> stored [K, R], both multiples of 16."""
+    return _tile(down, _P5).reshape(down.shape[1], down.shape[0])
+
+
+def untile_down(stored: Tensor) -> Tensor:
+    """P5 back: stored [K, R] -> natural [R, K]."""
+    return _natural(stored, _P5, cp=stored.shape[0] // 16, rp=stored.shape[1] // 16)
+
+
+def tile_up(up: Tensor) -> Tensor:
+    """P6, low-rank up: natural [N, R] -> stored [N, R], both multiples of 16."""
+    return _tile(up, _P6).reshape(up.shape)
+
+
+def untile_up(stored: Tensor) -> Tensor:
+    """P6 back: stored [N, R] -> natural [N, R]."""
+    return _natural(stored, _P6, cp=stored.shape[0] // 16, rp=stored.shape[1] // 16)
+
+
+def tile_awq_codes(packed: Tensor) -> Tensor:
+    """P7, AWQ codes, four rows interleaved: natural [N, K/2] uint8 -> stored int16 [N/4, K]."""
+    n, half = packed.shape
+    return pack_nibbles(_tile(unpack_unsigned(packed), _P7)).view(torch.int16).reshape(n // 4, half * 2)
+
+
+def untile_awq_codes(stored: Tensor) -> Tensor:
+    """P7 back: stored int16 [N/4, K] or int32 [N/4, K/2] -> natural [N, K/2] uint8."""
+    halves = stored.view(torch.int16)
+    nibbles = unpack_unsigned(halves.contiguous().view(torch.uint8))
+    return pack_nibbles(_natural(nibbles, _P7, nt=halves.shape[0], kt=halves.shape[1] // 64))
+
+
+def tile_kitchen_codes(packed: Tensor) -> Tensor:
+    """Kitchen tile pack: natural [N, K/2] uint8 -> stored int8 [N/128, K/64, 32, 128]."""
+    return _tile(packed, _KITCHEN_WEIGHT).view(torch.int8)
+
+
+def untile_kitchen_codes(stored: Tensor) -> Tensor:
+    """Kitchen tile pack back: int8 [N/128, K/64, 32, 128] -> natural [N, K/2] uint8."""
+    nt, kt = stored.shape[:2]
+    return _natural(stored.view(torch.uint8), _KITCHEN_WEIGHT, nt=nt, kt=kt)
+
+
+def tile_kitchen_rows(x: Tensor) -> Tensor:
+    """Kitchen scales and proj_up: natural [N, C] -> stored [N/128, C, 128]."""
+    return _tile(x, _KITCHEN_ROWS)
+
+
+def untile_kitchen_rows(stored: Tensor) -> Tensor:
+    """Kitchen scales and proj_up back: [N/128, C, 128] -> natural [N, C]."""
+    return _natural(stored, _KITCHEN_ROWS, nt=stored.shape[0], r=stored.shape[1])
