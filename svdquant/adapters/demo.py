@@ -1,11 +1,11 @@
 """The demo model's two ends: words in, pixels out. Neither needs weights worth the name.
 
-Words    every word has a fixed pseudo-random vector, seeded by a hash of its spelling. The demo model was trained
-         on these vectors, so they must stay the same to the last bit.
+Words    every word has a fixed pseudo-random vector, seeded by a hash of its spelling. The demo model was
+         trained on these vectors, so they must stay the same to the last bit.
 Pixels   a linear VAE: 16 principal components of 8x8 pixel patches, scaled. Its file is 13 KB.
 
-A drawing has 64x64 pixels, but any multiple of 16 runs. Nothing here touches ComfyUI: `DemoVAE` merely answers the
-calls that its VAE nodes make.
+A drawing has 64x64 pixels, but any multiple of 16 runs. Nothing here touches ComfyUI: `DemoVAE` just answers
+the calls that its VAE nodes make.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ...loaders.tensorfile import open_file
 
 log = logging.getLogger("svdquant")
 
@@ -45,7 +47,7 @@ VAE_FILE = Path(__file__).resolve().parents[2] / "demo" / "svdquant-demo-vae.saf
 
 
 def _vector(word: str, width: int, salt: str) -> Tensor:
-    """The Gaussian vector of a word, [width] fp32; the seed is the first eight bytes of sha256("salt:word")."""
+    """The Gaussian vector of a word, [width] fp32, seeded by the first eight bytes of sha256("salt:word")."""
     import numpy as np  # the model was trained on this generator's numbers; torch's own differ
 
     digest = hashlib.sha256(f"{salt}:{word}".encode()).digest()
@@ -80,8 +82,8 @@ def encode_prompt(prompt: str) -> tuple[Tensor, Tensor]:
       context  [1, 6, 4096]  fp32   0.3 * word + 0.1 * place in the sentence; `<pad>` fills the end
       pooled   [1, 768]      fp32   the sum of the words over sqrt(number of words); zeros without words
 
-    The empty prompt is what the model was trained to draw without guidance on. Unknown words get a vector too, one
-    the model has never seen: a warning names them.
+    The empty prompt is what guidance compares with: the model was trained on it too. An unknown word gets a
+    vector as well, one the model has never seen, and a warning names it.
     """
     if problem := complaint(prompt):
         log.warning(problem)
@@ -105,7 +107,7 @@ class DemoVAE:
     basis  [16, 192]  fp32   orthonormal patch components, strongest first
     scale  [16]       fp32   size of each component for a model latent of 1
 
-    With p a patch: model latent = basis (p - mean) / scale, and back p = mean + basis^T (scale * model latent).
+    With p a patch: model latent = basis (p - mean) / scale; back: p = mean + basis^T (scale * model latent).
     ComfyUI hands over host latents: model latent = (host latent - 0.1159) * 0.3611, as for any FLUX model.
     """
 
@@ -118,7 +120,7 @@ class DemoVAE:
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape:
                 raise ValueError(
-                    f"demo VAE: expected {name} {list(shape)}, got {list(tensor.shape)}. Restore the file from the pack."
+                    f"demo VAE: expected {name} {list(shape)}, got {list(tensor.shape)}. Use {VAE_FILE.name}."
                 )
 
     @classmethod
@@ -127,9 +129,9 @@ class DemoVAE:
         for name in ("mean", "basis", "scale"):
             if name not in tensors:
                 raise ValueError(
-                    f"demo VAE: expected a tensor {name!r}, got {sorted(tensors)}. Use {VAE_FILE.name} of the pack."
+                    f"demo VAE: expected a tensor {name!r}, got {sorted(tensors)}. Use {VAE_FILE.name}."
                 )
-        return cls(*(tensors[name].float() for name in ("mean", "basis", "scale")))
+        return cls(*(tensors[name].to(torch.float32, copy=True) for name in ("mean", "basis", "scale")))
 
     def to_patches(self, latent: Tensor) -> Tensor:
         """Model latent [B, 16, h, w] -> pixels [B, 3, 8h, 8w] in -1..1, not clipped."""
@@ -149,13 +151,17 @@ class DemoVAE:
             samples = samples[:, :, 0]
         if samples.ndim != 4 or samples.shape[1] != 16:
             raise ValueError(
-                f"demo VAE: expected a FLUX latent [B, 16, h, w], got {list(samples.shape)}. Connect the demo model's sampler."
+                f"demo VAE: expected a FLUX latent [B, 16, h, w], got {list(samples.shape)}. "
+                "Sample the demo model from an SD3 or FLUX empty latent."
             )
         pixels = self.to_patches((samples.float() - FLUX_SHIFT) * FLUX_SCALE)
         return ((pixels + 1) / 2).clamp(0, 1).movedim(1, -1)
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
-        """Image [B, H, W, 3 or more] in 0..1 -> host latent [B, 16, H // 8, W // 8] fp32; the rest is cropped evenly."""
+        """Image [B, H, W, 3 or more] in 0..1 -> host latent [B, 16, H // 8, W // 8] fp32.
+
+        Sides that 8 does not divide are cropped evenly, as the host does.
+        """
         height, width = (side // PATCH * PATCH for side in pixel_samples.shape[1:3])
         top, left = (side % PATCH // 2 for side in pixel_samples.shape[1:3])
         crop = pixel_samples[:, top : top + height, left : left + width, :3].movedim(-1, 1)
@@ -176,5 +182,9 @@ class DemoVAE:
     spacial_compression_encode = spacial_compression_decode
 
     def temporal_compression_decode(self) -> None:
-        """No frames here."""
-        return None
+        """None: this VAE knows no frames."""
+
+
+def load_vae(path: Path = VAE_FILE) -> DemoVAE:
+    """The demo's VAE from its file; ValueError says what is wrong with the file."""
+    return DemoVAE.from_tensors(open_file(path))
