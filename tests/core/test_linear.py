@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from svdquant_nodes.svdquant.core import linear, reference
+from svdquant_nodes.svdquant.core.linear import Branch, Part
+from svdquant_nodes.tests import layers, oracle
+from svdquant_nodes.tests.tolerances import assert_close
+
+ALL = slice(None)
+
+
+def no_bias(w):
+    return dataclasses.replace(w, bias=None)
+
+
+def part(name, n, k, *, row=0, column=0, seed=0, dtype=torch.float32):
+    return Part(no_bias(layers.random_linear(name, n, k, 16, dtype=dtype, seed=seed)), row, column)
+
+
+def branch(rows, columns, n, k, *, rank=4, strength=1.0, seed=50, dtype=torch.float32):
+    down = layers.random(rank, k, seed=seed, dtype=dtype, scale=k**-0.5)
+    return Branch(down, layers.random(n, rank, seed=seed + 1, dtype=dtype), strength, rows, columns)
+
+
+def judge(x, parts, n, bias=None, branches=()):
+    """The same layer in float64: parts by the oracle, branches as dense matrices."""
+    y = np.zeros((x.shape[0], n))
+    for p in parts:
+        y[:, p.rows] += layers.forward(x[:, p.columns], p.weights)
+    for b in branches:
+        w = b.strength * oracle.values(b.up) @ oracle.values(b.down)
+        y[:, b.rows] += oracle.values(x)[:, b.columns] @ w.T
+    return y if bias is None else y + oracle.values(bias)
+
+
+@pytest.mark.parametrize("dtype", layers.DTYPES)
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_one_linear_of_each_format(name, dtype):
+    kind = layers.DTYPES[dtype]
+    w = layers.random_linear(name, 96, 128, 16, dtype=kind)
+    x = layers.random(5, 128, seed=9, dtype=kind)
+    y = linear.linear(x, w, reference)
+    assert y.dtype == torch.float32
+    assert_close(y, layers.forward(x, w), "fp32_sum")
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_ops_are_the_ones_given(name):
+    """Every product comes from the op set that was handed in, and from nowhere else."""
+    called = []
+
+    class Spy:
+        def __getattr__(self, op):
+            called.append(op)
+            return getattr(reference, op)
+
+    w = layers.random_linear(name, 32, 64, 16)
+    linear.linear(torch.zeros(1, 64), w, Spy())
+    kind = name.replace("-", "_")
+    want = {"awq": ["gemv_awq"], "nvfp4": ["gemm_nvfp4", "quantize_nvfp4"]}
+    assert sorted(called) == want.get(kind, ["gemm_int4", f"quantize_{kind}"])
+
+
+def test_parts_in_rows():
+    """As FLUX single-block linear1: qkv above mlp, each with its own smooth, branch and codes."""
+    parts = [part("int4", 96, 128, seed=1), part("int4", 64, 128, row=96, seed=10)]
+    x = layers.random(5, 128, seed=2)
+    assert_close(linear.forward(x, parts, None, [], reference), judge(x, parts, 160), "fp32_sum")
+
+
+def test_parts_in_columns():
+    """As FLUX single-block linear2: attention columns signed, GELU columns unsigned, outputs added."""
+    parts = [part("int4", 96, 128, seed=1), part("int4-unsigned", 96, 192, column=128, seed=10)]
+    x = layers.random(5, 320, seed=2)
+    assert_close(linear.forward(x, parts, None, [], reference), judge(x, parts, 96), "fp32_sum")
+
+
+def test_parts_in_rows_and_columns():
+    parts = [
+        part("int4", 64, 64, seed=1),
+        part("nvfp4", 64, 64, column=64, seed=10),
+        part("awq", 32, 128, row=64, seed=20),
+    ]
+    x = layers.random(3, 128, seed=2)
+    assert_close(linear.forward(x, parts, None, [], reference), judge(x, parts, 96), "fp32_sum")
+
+
+def test_one_part_that_is_not_the_whole_layer():
+    """Rows above it are zero, columns beside it are not read."""
+    alone = [part("int4", 64, 64, row=32, column=64, seed=1)]
+    x = layers.random(3, 192, seed=2)
+    y = linear.forward(x, alone, None, [], reference)
+    assert y.shape == (3, 96) and y[:, :32].abs().max() == 0
+    assert_close(y, judge(x, alone, 96), "fp32_sum")
+
+
+BRANCHES = {
+    "whole-layer": [branch(ALL, ALL, 160, 128)],
+    "rows-of-k-in-qkv": [branch(slice(32, 64), ALL, 32, 128)],
+    "columns": [branch(ALL, slice(64, 128), 160, 64)],
+    "rows-and-columns": [branch(slice(96, 160), slice(0, 32), 64, 32)],
+    "across-two-parts": [branch(slice(80, 120), ALL, 40, 128)],
+    "half-strength": [branch(ALL, ALL, 160, 128, strength=0.5)],
+    "negative-strength": [branch(ALL, ALL, 160, 128, strength=-1.25)],
+    "zero-strength": [branch(ALL, ALL, 160, 128, strength=0.0)],
+    "two-stacked": [branch(ALL, ALL, 160, 128), branch(slice(0, 96), ALL, 96, 128, strength=2.0, seed=60)],
+    "bf16-pair": [branch(ALL, ALL, 160, 128, dtype=torch.bfloat16)],
+    "rank-0": [branch(ALL, ALL, 160, 128, rank=0)],
+}
+
+
+@pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES)
+def test_branches_against_dense(branches):
+    parts = [part("int4", 96, 128, seed=1), part("nvfp4", 64, 128, row=96, seed=10)]
+    x, bias = layers.random(5, 128, seed=2), layers.random(160, seed=3)
+    y = linear.forward(x, parts, bias, branches, reference)
+    assert_close(y, judge(x, parts, 160, bias, branches), "fp32_sum")
+
+
+def test_a_branch_and_its_opposite_leave_nothing():
+    parts = [part("int4", 64, 128, seed=1)]
+    x = layers.random(4, 128, seed=2)
+    pair = [branch(ALL, ALL, 64, 128, strength=s) for s in (0.75, -0.75)]
+    plain = linear.forward(x, parts, None, [], reference)
+    assert_close(linear.forward(x, parts, None, pair, reference), plain, "fp32_sum")
+
+
+def test_a_branch_is_more_rank():
+    """A LoRA beside the layer and the same LoRA inside its low-rank pair are one thing."""
+    w = no_bias(layers.random_linear("int4", 64, 128, 16, dtype=torch.float32))
+    lora = branch(ALL, ALL, 64, 128, strength=0.5)
+    wider = dataclasses.replace(
+        w, down=torch.cat([w.down, lora.down]), up=torch.cat([w.up, 0.5 * lora.up], dim=1)
+    )
+    x = layers.random(4, 128, seed=2)
+    got = linear.forward(x, [Part(w)], None, [lora], reference)
+    assert_close(got, linear.forward(x, [Part(wider)], None, [], reference), "fp32_sum")
+
+
+def test_bias_is_added_once_whatever_the_parts():
+    parts = [part("int4", 64, 64, seed=1), part("int4", 64, 64, column=64, seed=10)]
+    x, bias = layers.random(3, 128, seed=2), layers.random(64, seed=3)
+    y = linear.forward(x, parts, bias, [], reference)
+    assert_close(y, judge(x, parts, 64, bias), "fp32_sum")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_output_is_rounded_once_at_the_end(name, dtype):
+    kind = layers.DTYPES[dtype]
+    parts = [part(name, 64, 128, dtype=kind)]
+    x, bias = layers.random(6, 128, seed=2, dtype=kind), layers.random(64, seed=3, dtype=kind)
+    lora = [branch(ALL, ALL, 64, 128, dtype=kind)]
+    y = linear.forward(x, parts, bias, lora, reference)
+    assert y.dtype == kind
+    assert_close(y, judge(x, parts, 64, bias, lora), f"{dtype}_output")
+
+
+@pytest.mark.parametrize("shape", [(128,), (2, 3, 128), (1, 1, 1, 128), (0, 128), (2, 0, 128)], ids=str)
+def test_leading_axes_are_kept(shape):
+    parts = [part("int4", 64, 128)]
+    x = layers.random(*shape, seed=2)
+    y = linear.forward(x, parts, None, [branch(ALL, ALL, 64, 128)], reference)
+    assert y.shape == (*shape[:-1], 64)
+    flat = linear.forward(x.reshape(-1, 128), parts, None, [branch(ALL, ALL, 64, 128)], reference)
+    assert torch.equal(y.reshape(-1, 64), flat)
+
+
+def test_input_is_not_changed_and_may_be_a_view():
+    parts, lora = [part("int4", 64, 128)], [branch(ALL, ALL, 64, 128)]
+    wide = layers.random(5, 256, seed=2)
+    view, copy = wide[:, ::2], wide.clone()
+    got = linear.forward(view, parts, None, lora, reference)
+    assert torch.equal(wide, copy)
+    assert torch.equal(got, linear.forward(view.contiguous(), parts, None, lora, reference))
+
+
+def test_runs_in_inference_mode():
+    parts = [part("int4", 64, 128, seed=1), part("int4", 64, 128, row=64, seed=2)]
+    x = layers.random(3, 128, seed=2)
+    with torch.inference_mode():
+        inside = linear.forward(x, parts, None, [branch(ALL, ALL, 128, 128)], reference)
+    assert torch.equal(inside, linear.forward(x, parts, None, [branch(ALL, ALL, 128, 128)], reference))
