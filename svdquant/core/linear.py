@@ -40,15 +40,15 @@ class Part:
 class Branch:
     """Extra rank on raw activations: y[:, rows] += strength * (x[:, columns] @ down.T) @ up.T.
 
-    down      [r, k]   any float   k = width of `columns`
-    up        [n, r]   any float   n = height of `rows`
+    down      [r, k]   any float   k = width of `columns`; [n, k] where up is None
+    up        [n, r]   any float   n = height of `rows`; None for a dense difference, kept in `down`
     strength  float    the product of every scalar on the way (LoRA strength, alpha / rank)
     rows      slice    output rows of the layer it adds to
     columns   slice    input columns of the layer it reads
     """
 
     down: Tensor
-    up: Tensor
+    up: Tensor | None
     strength: float
     rows: slice
     columns: slice
@@ -78,8 +78,9 @@ def join(x: Tensor, parts: Sequence[Part], out_features: int, ops: ModuleType) -
     x        [M, K]   fp32 | bf16 | fp16
     returns  [M, N]   fp32
     """
-    if len(parts) == 1:
-        return linear(x, parts[0].weights, ops)
+    first = parts[0].weights
+    if len(parts) == 1 and (first.out_features, first.in_features) == (out_features, x.shape[1]):
+        return linear(x, first, ops)
     y = torch.zeros(x.shape[0], out_features, dtype=torch.float32, device=x.device)
     for part in parts:
         y[:, part.rows] += linear(x[:, part.columns], part.weights, ops)
@@ -94,8 +95,8 @@ def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
     returns  [M, N]   fp32
     """
     for branch in branches:
-        h = x[:, branch.columns].float() @ branch.down.float().T
-        y[:, branch.rows] += (h * branch.strength) @ branch.up.float().T
+        h = x[:, branch.columns].float() @ branch.down.float().T * branch.strength
+        y[:, branch.rows] += h if branch.up is None else h @ branch.up.float().T
     return y
 
 
