@@ -21,10 +21,12 @@ from .nunchaku_linear import FIELDS, V1, V2, Names, decode_fields, decode_linear
 from .tensorfile import TensorFile
 from .writer import Progress, write_checkpoint
 
-__all__ = ["V1", "V2", "Names", "decode_linear", "detect", "encode_linear", "read", "write"]
+__all__ = ["V1", "V2", "Names", "copy", "decode_linear", "detect", "encode_linear", "read", "write"]
 
 FOLDER_FILES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 FOLDER_TEXTS = {"config": "config.json", "comfy_config": "comfy_config.json"}
+
+WRITTEN = ("nunchaku_v1", "nunchaku_v2", "nunchaku_folder")  # the dialects of this file
 
 _V2_CLASSES = ("NunchakuQwenImageTransformer2DModel", "NunchakuZImageTransformer2DModel")
 _V2_PARTS = (".img_mlp.", ".txt_mlp.", ".feed_forward.")
@@ -144,7 +146,14 @@ def write(
     write_checkpoint(path, layers, plain, strings, encode, progress=progress)
 
 
-def quantization_config(weights: LinearWeights) -> dict[str, Any]:
+def copy(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a Nunchaku checkpoint as one file, every tensor's bytes untouched; states the format if nothing did."""
+    w4a4 = [layer for layer in checkpoint.info.values() if layer.spec.format != "awq"]
+    stated = {"quantization_config": json.dumps(quantization_config(w4a4[0]))} if w4a4 else {}
+    write_checkpoint(path, {}, checkpoint.stored, {**stated, **checkpoint.metadata}, encode_linear)
+
+
+def quantization_config(weights: LinearWeights | LayerInfo) -> dict[str, Any]:
     """The metadata that goes with a W4A4 layer's format and rank."""
     is_fp4 = weights.spec.format == "nvfp4"
     scale = "fp8_e4m3_nan" if is_fp4 else None
