@@ -77,7 +77,11 @@ class ComfyClient:
 
     def get(self, path: str) -> Any:
         """GET a JSON answer."""
-        return json.loads(self._request(path))
+        return json.loads(self.fetch(path))
+
+    def fetch(self, path: str) -> bytes:
+        """GET any file that the host serves."""
+        return self._request(path)
 
     def post(self, path: str, body: object) -> Any:
         """POST JSON; the JSON answer, or None where the host answers with nothing."""
@@ -86,7 +90,7 @@ class ComfyClient:
 
     def view(self, image: dict[str, str]) -> bytes:
         """The bytes of one of `Result.images()`."""
-        return self._request(f"/view?{urllib.parse.urlencode(image)}")
+        return self.fetch(f"/view?{urllib.parse.urlencode(image)}")
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
         """What the host remembers of a prompt that ended, or None."""

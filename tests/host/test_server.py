@@ -1,0 +1,117 @@
+"""The pack in a running ComfyUI: it loads fast and clean, and every node can be asked for."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+
+import pytest
+
+from svdquant_nodes.tools.host.client import PromptFailed, PromptRefused
+from svdquant_nodes.tools.host.places import ROOT
+
+# Saved in users' workflows: an id that leaves this list breaks their files.
+NODE_IDS = {
+    "SVDQuantLoadModel",
+    "SVDQuantApplyLora",
+    "SVDQuantSample",
+    "SVDQuantInspect",
+    "SVDQuantFetchModel",
+    "SVDQuantDemoPrompt",
+    "SVDQuantDemoVAE",
+}
+WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def object_info(comfy):
+    return comfy.client.get("/object_info")
+
+
+def declared_ids():
+    """The node_id of every schema in nodes/, read without importing them."""
+    trees = (ast.parse(file.read_text()) for file in (ROOT / "nodes").glob("*.py"))
+    words = (word for tree in trees for word in ast.walk(tree) if isinstance(word, ast.keyword))
+    return {
+        word.value.value for word in words if word.arg == "node_id" and isinstance(word.value, ast.Constant)
+    }
+
+
+def test_every_node_is_listed(object_info):
+    ours = {name for name in object_info if name.startswith("SVDQuant")}
+    assert ours == NODE_IDS == declared_ids()
+
+
+@pytest.mark.parametrize("node", sorted(NODE_IDS))
+def test_inputs_have_tooltips(object_info, node):
+    sections = object_info[node]["input"]
+    inputs = {**sections.get("required", {}), **sections.get("optional", {})}
+    without = [name for name, (_, *options) in inputs.items() if not (options and options[0].get("tooltip"))]
+    assert without == []
+
+
+@pytest.mark.parametrize("node", sorted(NODE_IDS))
+def test_node_says_what_it_is(object_info, node):
+    info = object_info[node]
+    assert info["description"] and info["category"].lower().startswith("svdquant")
+
+
+def test_import_is_quick_and_clean(comfy):
+    [(seconds, failed)] = re.findall(
+        r"([\d.]+) seconds( \(IMPORT FAILED\))?: \S*svdquant-nodes", comfy.server.log_text()
+    )
+    assert not failed
+    assert float(seconds) < 0.5
+
+
+def test_the_pack_is_in_no_traceback_of_the_start(comfy):
+    start = comfy.server.log_text().partition("To see the GUI go to")[0]
+    assert "svdquant-nodes/" not in start
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda file: file.stem)
+def test_workflow_names_nodes_of_this_host(object_info, workflow):
+    classes = {node["class_type"] for node in json.loads(workflow.read_text()).values()}
+    assert classes <= set(object_info)
+
+
+def test_help_page_is_served(comfy, object_info):
+    folder = object_info["SVDQuantLoadModel"]["python_module"].rpartition(".")[2]
+    for node in NODE_IDS:
+        page = comfy.client.fetch(f"/extensions/{folder}/docs/{node}.md")
+        assert len(page) > 100
+
+
+PICTURE = {
+    "1": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 16, "batch_size": 1, "color": 0xFF}},
+    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "plain"}},
+}
+
+
+def test_client_follows_a_prompt_to_its_picture(comfy):
+    result = comfy.client.run(PICTURE)
+    [image] = result.images()
+    assert comfy.client.view(image).startswith(b"\x89PNG")
+    assert (comfy.base_dir / "output" / image["filename"]).is_file()
+    assert result.events[-1].kind == "execution_success"
+
+
+def test_client_names_the_refused_input(comfy):
+    wrong = {
+        **PICTURE,
+        "1": {"class_type": "EmptyImage", "inputs": {**PICTURE["1"]["inputs"], "width": "wide"}},
+    }
+    with pytest.raises(PromptRefused, match=r"EmptyImage: .*width, wide"):
+        comfy.client.run(wrong)
+    comfy.client.run(PICTURE)
+
+
+def test_client_names_the_failed_node(comfy):
+    outside = {
+        **PICTURE,
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "../x"}},
+    }
+    with pytest.raises(PromptFailed, match=r"SaveImage: .*outside the output folder"):
+        comfy.client.run(outside)
+    comfy.client.run(PICTURE)
