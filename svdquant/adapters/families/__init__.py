@@ -1,0 +1,15 @@
+"""Which model family a checkpoint belongs to. One table a family; to add one, write its table and list it here."""
+
+from __future__ import annotations
+
+from . import flux, native
+from .table import Family, Mapped, Role, apply_role
+
+FAMILIES: tuple[Family, ...] = (flux.FAMILY, native.FAMILY)
+
+__all__ = ["FAMILIES", "Family", "Mapped", "Role", "apply_role", "resolve"]
+
+
+def resolve(checkpoint) -> Family | None:
+    """The family whose marker names the checkpoint's layers carry, or None."""
+    return next((family for family in FAMILIES if family.matches(checkpoint)), None)
