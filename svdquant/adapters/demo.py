@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...loaders.tensorfile import open_file
 
-log = logging.getLogger("svdquant")
+log = logging.getLogger("svdquant-nodes")
 
 TOKENS = 6
 CONTEXT_WIDTH = 4096

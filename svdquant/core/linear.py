@@ -72,19 +72,16 @@ def linear(x: Tensor, weights: LinearWeights, ops: ModuleType) -> Tensor:
     return ops.gemm_int4(*quantized, weights)
 
 
-def join(x: Tensor, parts: Sequence[Part], out_features: int, ops: ModuleType) -> Tensor:
-    """A layer made of parts: rows are laid side by side, columns are summed.
+def join(x: Tensor, parts: Sequence[Part], ops: ModuleType) -> Tensor:
+    """A layer made of parts: parts below each other are laid side by side, parts beside each other are summed.
 
     x        [M, K]   fp32 | bf16 | fp16
     returns  [M, N]   fp32
     """
-    first = parts[0].weights
-    if len(parts) == 1 and (first.out_features, first.in_features) == (out_features, x.shape[1]):
-        return linear(x, first, ops)
-    y = torch.zeros(x.shape[0], out_features, dtype=torch.float32, device=x.device)
-    for part in parts:
-        y[:, part.rows] += linear(x[:, part.columns], part.weights, ops)
-    return y
+    outputs = [linear(x[:, part.columns], part.weights, ops) for part in parts]
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat(outputs, dim=-1) if parts[-1].row else torch.stack(outputs).sum(0)
 
 
 def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
@@ -110,8 +107,7 @@ def forward(
     returns  [..., N]   as x
     """
     flat = x.reshape(-1, x.shape[-1])
-    out_features = max(part.rows.stop for part in parts)
-    y = add_branches(join(flat, parts, out_features, ops), flat, branches)
+    y = add_branches(join(flat, parts, ops), flat, branches)
     if bias is not None:
         y = y + bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,46 @@
+"""Where the host keeps models, and the pack's own demo models among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+DEMO = Path(__file__).resolve().parents[2] / "demo"
+MODELS, LORAS = "diffusion_models", "loras"
+
+
+def register_demo() -> None:
+    """Let the host's file lists show the demo model and its LoRA, after the user's own files."""
+    for kind in (MODELS, LORAS):
+        folder_paths.add_model_folder_path(kind, str(DEMO / kind), is_default=False)
+
+
+def names(kind: str) -> list[str]:
+    """The files of one of the host's model folders, as its own loaders list them."""
+    return folder_paths.get_filename_list(kind)
+
+
+def find(kind: str, name: str) -> Path:
+    """The file behind a name in one of the host's folders.
+
+    Raises ValueError for a name that leads out of the folders or does not exist.
+    """
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    path = folder_paths.get_full_path(kind, name) if inside else None
+    if path is None:
+        raise ValueError(
+            f"{name}: not in ComfyUI's {kind} folders ({', '.join(folder_paths.get_folder_paths(kind))}). "
+            "Put the file there and refresh the node list."
+        )
+    return Path(path)
+
+
+def model_path(name: str) -> Path:
+    """A checkpoint by its name in the list; a legacy two-file checkpoint is its folder."""
+    path = find(MODELS, name)
+    return (
+        path.parent
+        if path.name in ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
+        else path
+    )

@@ -1,0 +1,159 @@
+"""Our quantized tensor: one flat buffer that holds everything a layer needs.
+
+The host moves, pins, streams and measures a layer by `.weight` alone. So codes, scales, smooth and the low-rank pair
+of all parts of the layer lie in one uint8 tensor, and a manifest says where. Copying a layer is copying one tensor;
+reading it back is taking views. The class that carries it is the host's own `comfy_kitchen.QuantizedTensor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
+from torch import Tensor
+
+from ..core import linear as core
+from ..core import reference
+from ..core.linear import Part
+from ..core.weights import LinearWeights, QuantSpec
+
+NAME = "SVDQuantLayout"
+ALIGNMENT = 256  # bytes; a cache line for every reader and what device allocators give
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where one tensor of a part lies in the buffer."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One part: its spec, its place in the host layer, its fields."""
+
+    spec: QuantSpec
+    row: int
+    column: int
+    fields: tuple[Field, ...]
+
+
+@dataclass(frozen=True)
+class Params:
+    """What the host keeps beside the buffer; holds no tensor, so that nothing is moved twice."""
+
+    orig_dtype: torch.dtype
+    orig_shape: tuple[int, ...]
+    entries: tuple[Entry, ...]
+
+    def to_device(self, device: torch.device) -> Params:
+        return self
+
+    def clone(self) -> Params:
+        return self
+
+    def copy_from(self, src: Params, non_blocking: bool = False) -> None:
+        """Nothing lives here but the manifest, and both sides have the same one."""
+
+
+def pack(parts: Sequence[Part], dtype: torch.dtype) -> QuantizedTensor:
+    """Lay the parts of a host layer into one buffer.
+
+    parts    natural linears with their place; they must tile the layer
+    dtype    the 16-bit dtype the host believes the weight has
+    returns  a quantized tensor of logical shape [N, K]
+    """
+    entries, offset = [], 0
+    for part in parts:
+        fields = []
+        for name, tensor in part.weights.tensors().items():
+            fields.append(Field(name, tensor.dtype, tuple(tensor.shape), offset))
+            offset += -(-fields[-1].nbytes // ALIGNMENT) * ALIGNMENT
+        entries.append(Entry(part.weights.spec, part.row, part.column, tuple(fields)))
+    buffer = torch.zeros(offset, dtype=torch.uint8)
+    for part, entry in zip(parts, entries, strict=True):
+        for field, tensor in zip(entry.fields, part.weights.tensors().values(), strict=True):
+            _view(buffer, field).copy_(tensor)
+    shape = (max(p.rows.stop for p in parts), max(p.columns.stop for p in parts))
+    return QuantizedTensor(buffer, NAME, Params(dtype, shape, tuple(entries)))
+
+
+def unpack(buffer: Tensor, params: Params) -> tuple[Part, ...]:
+    """The parts as views of the buffer, on whatever device it is."""
+    return tuple(
+        Part(LinearWeights(e.spec, **{f.name: _view(buffer, f) for f in e.fields}), e.row, e.column)
+        for e in params.entries
+    )
+
+
+def _view(buffer: Tensor, field: Field) -> Tensor:
+    return buffer[field.offset : field.offset + field.nbytes].view(field.dtype).view(field.shape)
+
+
+def dense(parts: Sequence[Part], shape: tuple[int, int], bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The layer as an ordinary 16-bit one would hold it.
+
+    returns
+      weight  [N, K]        fp32   codes * scales / smooth + up @ down of every part
+      bias    [N] or None   fp32   without the shift compensation that unsigned parts have in theirs
+    """
+    weight = torch.zeros(shape, dtype=torch.float32, device=parts[0].weights.codes.device)
+    for part in parts:
+        weight[part.rows, part.columns] = reference.dequantize(part.weights)
+    return weight, None if bias is None else bias.float() + shift_compensation(parts, shape[0])
+
+
+def shift_compensation(parts: Sequence[Part], out_features: int) -> Tensor:
+    """What unsigned parts take out of their bias: residual @ shift, [N] fp32; zeros where no part is unsigned."""
+    total = torch.zeros(out_features, dtype=torch.float32, device=parts[0].weights.codes.device)
+    for part in parts:
+        if part.weights.spec.act_shift:
+            total[part.rows] += reference.residual(part.weights).sum(-1) * part.weights.spec.act_shift
+    return total
+
+
+class SVDQuantLayout(QuantizedLayout):
+    """The host's view of the buffer: how to make a dense weight of it. It cannot be made from one."""
+
+    Params = Params
+
+    @classmethod
+    def quantize(cls, tensor: Tensor, **kwargs):
+        raise NotImplementedError(
+            "SVDQuant weights are made by the quantizer, not by a cast: needs calibration."
+        )
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params: Params) -> Tensor:
+        weight, _ = dense(unpack(qdata, params), params.orig_shape, None)
+        return weight.to(params.orig_dtype)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:
+        return (qtensor._qdata,)
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params: Params) -> dict[str, Tensor]:
+        return {"": qdata}
+
+
+def register() -> None:
+    """Make the layout known to the host's quantized tensor; harmless when repeated."""
+    register_layout_class(NAME, SVDQuantLayout)
+    register_layout_op(torch.ops.aten.linear.default, SVDQuantLayout)(_linear)
+
+
+def _linear(qt: QuantizedTensor, args, kwargs) -> Tensor:
+    """F.linear(x, W, bias) by code that holds the weight itself instead of calling the layer."""
+    x, w, bias = (*args, None)[:3]
+    return core.forward(x, unpack(w._qdata, w._params), bias, (), reference)

@@ -1,0 +1,157 @@
+"""A checkpoint file becomes a host model: open, find the family, assemble layers, build, attach. In that order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import comfy.sd
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...loaders.checkpoint import Checkpoint
+from ...loaders.detect import open_checkpoint
+from ..core import reference
+from . import branches, layout
+from .families import Family, Mapped, apply_role, resolve
+from .families.table import assemble, straighten
+from .operations import make_operations, quantized_linears
+
+log = logging.getLogger("svdquant-nodes")
+
+
+def load_model(path: str | Path, ops: ModuleType = reference, disable_dynamic: bool = False):
+    """Load an SVDQuant checkpoint as an ordinary host MODEL (a ModelPatcher).
+
+    path             file or folder in any dialect
+    ops              the op set its layers compute with
+    disable_dynamic  the host asks for a patcher without dynamic VRAM when it delegates hooks or compile
+    returns          the host's own patcher around the host's own model class
+
+    Raises ValueError, with file, key and remedy, before anything of a bad file is kept.
+    """
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(Path(path))
+    family = _family_of(checkpoint)
+    mapped = family.map_names(checkpoint)
+    progress = comfy.utils.ProgressBar(len(mapped.linears))
+    state_dict = make_state_dict(checkpoint, mapped, lambda: progress.update(1))
+    patcher = _build(checkpoint, state_dict, ops, disable_dynamic)
+    branches.attach(patcher)
+    patcher.cached_patcher_init = (load_model, (str(path), ops))
+    patcher.set_attachments(branches.KEY, Source(checkpoint.path, checkpoint.dialect, family.name))
+    _report(checkpoint, family, mapped, patcher, time.perf_counter() - start)
+    return patcher
+
+
+class Source:
+    """Where a loaded model came from; the inspect node reads it off the patcher."""
+
+    def __init__(self, path: Path, dialect: str, family: str) -> None:
+        self.path, self.dialect, self.family = path, dialect, family
+
+
+def _family_of(checkpoint: Checkpoint) -> Family:
+    family = resolve(checkpoint)
+    if family is None:
+        example = next(iter(checkpoint.info))
+        raise ValueError(
+            f"{checkpoint.path.name}: no known model family has a layer named {example!r}. "
+            "Supported families are listed in the README; `tools/svdquant inspect` shows what the file holds."
+        )
+    return family
+
+
+def make_state_dict(checkpoint: Checkpoint, mapped: Mapped, advance: Callable[[], None]) -> dict[str, Tensor]:
+    """The host's state dict: quantized tensors for the linears, 16-bit tensors for the rest, layer by layer."""
+    layout.register()
+    state_dict: dict[str, Tensor] = {}
+    for host, pieces in mapped.linears.items():
+        stored = [_read(checkpoint, name, role) for name, role in pieces]
+        parts, bias = assemble(stored, mapped.axes[host])
+        state_dict[f"{host}.weight"] = layout.pack(parts, _dtype(checkpoint))
+        if bias is not None:
+            state_dict[f"{host}.bias"] = bias.clone()
+        advance()
+    for host, (name, change) in mapped.plain.items():
+        tensor = checkpoint.plain[name]
+        state_dict[host] = change(tensor) if change else tensor.clone()
+    return state_dict
+
+
+def _read(checkpoint: Checkpoint, name: str, role):
+    weights = apply_role(checkpoint.layers[name], role)
+    return straighten(weights, role.splits) if role.splits else weights
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The 16-bit dtype of the file: what the plain tensors are stored in."""
+    dtypes = {
+        info.dtype for info in checkpoint.plain_info.values() if info.dtype in (torch.float16, torch.bfloat16)
+    }
+    return dtypes.pop() if len(dtypes) == 1 else torch.bfloat16
+
+
+def _build(checkpoint: Checkpoint, state_dict: dict[str, Tensor], ops: ModuleType, disable_dynamic: bool):
+    given = set(state_dict)
+    options = {"custom_operations": make_operations(ops), "dtype": _dtype(checkpoint)}
+    try:
+        patcher = comfy.sd.load_diffusion_model_state_dict(
+            state_dict,
+            model_options=options,
+            metadata=dict(checkpoint.metadata),
+            disable_dynamic=disable_dynamic,
+        )
+    except RuntimeError as error:  # torch collects every shape mismatch in one message
+        raise ValueError(
+            f"{checkpoint.path.name}: the host's model class disagrees with the file. {error}"
+        ) from error
+    if patcher is None:
+        raise ValueError(
+            f"{checkpoint.path.name}: this ComfyUI does not recognise the model's shapes. "
+            "Update ComfyUI, or check that the file is whole."
+        )
+    _check_complete(checkpoint, patcher.model.diffusion_model, given)
+    return patcher
+
+
+def _check_complete(checkpoint: Checkpoint, model: torch.nn.Module, given: set[str]) -> None:
+    """Every tensor the host's class wants was in the file, and every one in the file was wanted."""
+
+    def published(name: str) -> str:  # hosts renamed RMSNorm's `scale`; files keep the old name
+        return name.removesuffix(".scale") + ".weight" if name.endswith("_norm.scale") else name
+
+    wanted = {published(name) for name in model.state_dict()}
+    had = {published(name) for name in given}
+    for problem, names in (("is missing", wanted - had), ("has no place in this model", had - wanted)):
+        if names:
+            raise ValueError(
+                f"{checkpoint.path.name}: {sorted(names)[0]} {problem}, and {len(names) - 1} more like it. "
+                "The file is incomplete or of another model; download it again."
+            )
+
+
+def _report(checkpoint: Checkpoint, family: Family, mapped: Mapped, patcher, seconds: float) -> None:
+    for warning in checkpoint.warnings:
+        log.warning("%s: %s", checkpoint.path.name, warning)
+    if mapped.left_over:
+        log.warning(
+            "%s: %d tensors not used, such as %s",
+            checkpoint.path.name,
+            len(mapped.left_over),
+            mapped.left_over[0],
+        )
+    layers = [layer for _, layer in quantized_linears(patcher.model)]
+    log.info(
+        "SVDQuant: %s (%s, %s): %d quantized layers, %.1f MB, reference ops in torch, loaded in %.1f s",
+        checkpoint.path.name,
+        checkpoint.dialect,
+        family.name,
+        len(layers),
+        sum(layer.weight.nbytes for layer in layers) / 2**20,
+        seconds,
+    )

@@ -1,0 +1,165 @@
+"""The `operations` namespace one load hands to the host's model class: the host's own layers, and our Linear.
+
+A fresh class is made for every load, so that no two models share state. A Linear becomes quantized when its state
+dict entry is a quantized tensor; otherwise it stays the host's.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import comfy.float
+import comfy.ops
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+from torch import Tensor
+
+from ..core import linear as core
+from ..core.linear import Branch
+from .layout import dense, shift_compensation, unpack
+
+
+def make_operations(ops: ModuleType) -> type:
+    """A namespace like `comfy.ops.manual_cast` whose Linear computes with the op set `ops`."""
+
+    class Operations(comfy.ops.manual_cast):
+        class Linear(QuantizedLinear):
+            op_set = ops
+
+    return Operations
+
+
+class QuantizedLinear(comfy.ops.manual_cast.Linear):
+    """The host's Linear that can also hold an SVDQuant weight and LoRA branches.
+
+    Everything a quantized weight needs is in `.weight`; `.bias` is the stored bias. LoRA arrives as `branches`, set by
+    `branches.py`, so the host's own weight functions, which would merge into a dense weight, are kept out: they are
+    properties that read empty while the weight is quantized.
+    """
+
+    op_set: ModuleType
+    branches: tuple[Branch, ...] = ()
+    wrappers: tuple = ()  # functions of the dense weight that another node added on purpose
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+        # On meta: a 16-bit copy of a 12 B model must not be reserved only to be thrown away.
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = _meta((out_features, in_features), dtype)
+        self.bias = _meta((out_features,), dtype) if bias else None
+
+    @property
+    def quantized(self) -> bool:
+        return isinstance(self.weight, QuantizedTensor)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        for name in ("weight", "bias"):
+            value, expected = state_dict.get(prefix + name), getattr(self, name)
+            if value is None:
+                if expected is not None:
+                    missing.append(prefix + name)
+                continue
+            if expected is not None and value.shape != expected.shape:
+                errors.append(f"{prefix}{name}: expected {list(expected.shape)}, got {list(value.shape)}")
+                continue
+            setattr(self, name, torch.nn.Parameter(value, requires_grad=False))
+
+    def _apply(self, fn, recurse=True):
+        """Move or cast parameters by re-wrapping them: a quantized one cannot change its data in place."""
+        for name, param in self._parameters.items():
+            if param is not None and not param.is_meta:
+                self._parameters[name] = torch.nn.Parameter(fn(param), requires_grad=False)
+        return self
+
+    @property
+    def weight_function(self) -> list:
+        return [] if self.quantized else self.__dict__.setdefault("_weight_function", [])
+
+    @weight_function.setter
+    def weight_function(self, functions: list) -> None:
+        self.__dict__["_weight_function"] = functions
+
+    @property
+    def weight_lowvram_function(self):
+        return None if self.quantized else self.__dict__.get("_weight_lowvram_function")
+
+    @weight_lowvram_function.setter
+    def weight_lowvram_function(self, function) -> None:
+        self.__dict__["_weight_lowvram_function"] = function
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype."""
+        if not self.quantized:
+            return super().forward(x, *args, **kwargs)
+        comfy.ops.run_every_op()
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            self,
+            dtype=self.weight.dtype,
+            device=x.device,
+            bias_dtype=None if self.bias is None else self.bias.dtype,
+            offloadable=True,
+        )
+        if self.wrappers or not isinstance(weight, QuantizedTensor):
+            y = self._forward_dense(x, weight, bias)
+        else:
+            y = core.forward(x, unpack(weight._qdata, weight._params), bias, self.branches, self.op_set)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return y
+
+    def _forward_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """For weight functions of other nodes, and where the host hands over a dense weight."""
+        if isinstance(weight, QuantizedTensor):
+            weight, bias = dense(unpack(weight._qdata, weight._params), weight.shape, bias)
+        weight = weight.to(x.dtype)
+        for function in self.wrappers:
+            weight = function(weight)
+        flat = x.reshape(-1, x.shape[-1])
+        y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype)).float()
+        y = core.add_branches(y, flat, self.branches)
+        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs) -> Tensor:
+        """The dense weight, for nodes that merge or save."""
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def set_weight(self, weight: Tensor, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """Where the host puts a merged weight: a quantized layer keeps its own, its LoRA lives in `branches`."""
+        if self.quantized:
+            return self.weight if return_weight else None
+        return self._put("weight", weight, inplace_update, seed, return_weight)
+
+    def convert_bias(self, bias: Tensor, inplace: bool = False, **kwargs) -> Tensor:
+        """The bias of the dense layer: files store it with the shift of unsigned activations taken out."""
+        return bias + self._compensation(bias) if self.quantized else bias
+
+    def set_bias(self, bias: Tensor, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """The inverse of `convert_bias`, where the host puts a patched bias."""
+        if self.quantized:
+            bias = bias - self._compensation(bias)
+        return self._put("bias", bias, inplace_update, seed, return_weight)
+
+    def _put(self, name: str, value: Tensor, inplace_update: bool, seed, return_weight: bool):
+        param = getattr(self, name)
+        value = comfy.float.stochastic_rounding(value, param.dtype, seed=seed)
+        if return_weight:
+            return value
+        if inplace_update:
+            param.data.copy_(value)
+        else:
+            setattr(self, name, torch.nn.Parameter(value, requires_grad=False))
+        return None
+
+    def _compensation(self, bias: Tensor) -> Tensor:
+        parts = unpack(self.weight._qdata.to(bias.device), self.weight._params)
+        return shift_compensation(parts, self.out_features).to(bias.dtype)
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(shape, device="meta", dtype=dtype), requires_grad=False)
+
+
+def quantized_linears(model: torch.nn.Module):
+    """Every quantized layer of a host model with its state dict key: yields ("diffusion_model.….weight", module)."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and module.quantized:
+            yield f"{name}.weight", module
