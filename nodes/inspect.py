@@ -1,0 +1,36 @@
+"""The node that says what a checkpoint is."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..loaders.detect import open_checkpoint
+from ..svdquant.adapters import folders, report
+
+
+class SVDQuantInspect(io.ComfyNode):
+    """File in, text out; nothing is loaded."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SVDQuantInspect",
+            display_name="SVDQuant Inspect",
+            category="SVDQuant",
+            search_aliases=["nunchaku info", "checkpoint info", "svdq info", "metadata"],
+            description="Show a 4-bit checkpoint's dialect, family and layers, and how each layer will be computed.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folders.names(folders.MODELS),
+                    tooltip="A checkpoint; only its header is read.",
+                ),
+            ],
+            outputs=[io.String.Output("report", display_name="report", tooltip="One line a layer.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model_name: str) -> io.NodeOutput:
+        text = report.as_text(report.describe(open_checkpoint(folders.model_path(model_name))))
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
