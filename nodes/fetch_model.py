@@ -2,3 +2,47 @@
 
 from __future__ import annotations
 
+from comfy_api.latest import io, ui
+
+from ..loaders import hub
+from ..svdquant.adapters import folders
+
+OTHER = "other (name it below)"
+
+
+class SVDQuantFetchModel(io.ComfyNode):
+    """Name in, file in the model folder; only when the node is run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SVDQuantFetchModel",
+            display_name="SVDQuant Fetch Model",
+            category="SVDQuant",
+            search_aliases=["nunchaku download", "huggingface", "download checkpoint"],
+            description=(
+                "Download a published 4-bit checkpoint from the Hugging Face Hub into ComfyUI's model folder. "
+                "A download that was cut goes on where it stopped."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=[*hub.PUBLISHED, OTHER],
+                    tooltip="int4 runs on every GPU and the CPU; fp4 is fastest on RTX 50.",
+                ),
+                io.String.Input(
+                    "source",
+                    default="",
+                    tooltip="owner/repository/path/file.safetensors, with @revision if wanted; used with 'other'.",
+                ),
+            ],
+            outputs=[io.String.Output("path", display_name="path", tooltip="Where the file is now.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: str, source: str = "") -> io.NodeOutput:
+        wanted = source.strip() if model == OTHER else model
+        kind = hub.PUBLISHED[model].folder if model in hub.PUBLISHED else folders.MODELS
+        path = hub.fetch(wanted, folders.first(kind), progress=folders.show_progress())
+        return io.NodeOutput(str(path), ui=ui.PreviewText(f"{path.name} is in {path.parent}"))

@@ -1,1 +1,1 @@
-"""The seam to ComfyUI: the only code besides the nodes that imports it. Families are tables and import nothing of it."""
+"""The seam to ComfyUI: the only code besides the nodes that imports it. `families` are tables and import none."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import comfy.model_management
+import comfy.utils
 import folder_paths
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
@@ -44,3 +47,21 @@ def model_path(name: str) -> Path:
         if path.name in ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
         else path
     )
+
+
+def first(kind: str) -> Path:
+    """The host's own folder for a kind of model, where downloads go."""
+    return Path(folder_paths.get_folder_paths(kind)[0])
+
+
+def show_progress() -> Callable[[int, int], None]:
+    """A (done, total) callback that moves the host's progress bar and stops when the user interrupts."""
+    bar: list[comfy.utils.ProgressBar] = []
+
+    def report(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if not bar:
+            bar.append(comfy.utils.ProgressBar(total))
+        bar[0].update_absolute(done, total)
+
+    return report

@@ -18,7 +18,7 @@ from ...loaders.detect import open_checkpoint
 from ..core import reference
 from . import branches, layout
 from .families import Family, Mapped, apply_role, resolve
-from .families.table import assemble, straighten
+from .family import assemble, straighten
 from .operations import make_operations, quantized_linears
 
 log = logging.getLogger("svdquant-nodes")

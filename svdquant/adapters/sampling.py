@@ -32,26 +32,47 @@ class Timing:
             self.steps += max(len(sigmas) - 1, 0)
 
 
-def sample(model, positive, negative, latent, *, seed, steps, cfg, guidance, sampler, scheduler, denoise):
+@dataclass(frozen=True)
+class Settings:
+    """What KSampler asks for, and `guidance`, a number for guidance-distilled models that others ignore."""
+
+    seed: int
+    steps: int
+    cfg: float
+    guidance: float
+    sampler: str
+    scheduler: str
+    denoise: float
+
+
+def sample(model, positive, negative, latent, settings: Settings):
     """Sample `latent`; previews, progress and interruption are the host's.
 
-    guidance   number given to guidance-distilled models (FLUX.1-dev); the others ignore it
     negative   CONDITIONING or None, which only cfg 1 allows
     returns    (LATENT, report text)
     """
+    cfg = settings.cfg
     if negative is None and cfg != 1.0:
         raise ValueError(
-            f"SVDQuant Sample: cfg is {cfg:g}, which needs a negative conditioning. Connect one or set cfg to 1."
+            f"SVDQuant Sample: cfg {cfg:g} needs a negative conditioning. Connect one or set cfg to 1."
         )
     timing, timed = Timing(), model.clone()
     timed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, timing)
-    guided = node_helpers.conditioning_set_values(positive, {"guidance": guidance})
+    guided = node_helpers.conditioning_set_values(positive, {"guidance": settings.guidance})
     device = comfy.model_management.get_torch_device()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    against = guided if negative is None else negative
     (samples,) = nodes.common_ksampler(
-        timed, seed, steps, cfg, sampler, scheduler, guided, against, latent, denoise=denoise
+        timed,
+        settings.seed,
+        settings.steps,
+        cfg,
+        settings.sampler,
+        settings.scheduler,
+        guided,
+        guided if negative is None else negative,
+        latent,
+        denoise=settings.denoise,
     )
     return samples, report(timing, device)
 

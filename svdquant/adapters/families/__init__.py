@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..family import Family, Mapped, Role, apply_role
 from . import flux, native
-from .table import Family, Mapped, Role, apply_role
 
 FAMILIES: tuple[Family, ...] = (flux.FAMILY, native.FAMILY)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .table import Family, Layer, Plain, Stored, modulation, unsigned
+from ..family import Family, Layer, Plain, Stored, modulation, unsigned
 
 _D, _S = "transformer_blocks.{}.", "single_transformer_blocks.{}."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .table import Family, Mapped, Role
+from ..family import Family, Mapped, Role
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ...core.linear import Part
-from ...core.weights import GELU_SHIFT, LinearWeights
+from ..core.linear import Part
+from ..core.weights import GELU_SHIFT, LinearWeights
 
 
 @dataclass(frozen=True)
