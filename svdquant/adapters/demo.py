@@ -43,7 +43,7 @@ FLUX_SHIFT, FLUX_SCALE = (
     0.1159,
     0.3611,
 )  # model latent = (host latent - shift) * scale, the host's FLUX latent format
-VAE_FILE = Path(__file__).resolve().parents[2] / "demo" / "svdquant-demo-vae.safetensors"
+VAE_FILE = Path(__file__).resolve().parents[2] / "demo" / "vae" / "svdquant-demo-vae.safetensors"
 
 
 def _vector(word: str, width: int, salt: str) -> Tensor:

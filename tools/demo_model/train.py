@@ -24,11 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pack
 
 pack.alias()
-from svdquant_nodes.svdquant.adapters.demo import GRAMMAR, DemoVAE, encode_prompt  # noqa: E402
-from svdquant_nodes.tools.demo_model import flow, flux, shapes  # noqa: E402
+from svdquant_nodes.svdquant.adapters.demo import GRAMMAR, DemoVAE, encode_prompt
+from svdquant_nodes.tools.demo_model import files, flow, flux, shapes
 
 LATENT_SCALE = 1.6  # the strongest components of a drawing's latent get about the variance of the noise
-MODEL_FILE, VAE_FILE = "svdquant-demo-bf16.safetensors", "svdquant-demo-vae.safetensors"
 
 
 def fit_vae(images: Tensor) -> DemoVAE:
@@ -129,9 +128,8 @@ def main() -> None:
     else:
         zero_outputs(model)
     average = train(model, latents, prompts.index(scene.caption for scene in scenes), prompts, args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    save_model(average, args.out / MODEL_FILE)
-    save_vae(vae, args.out / VAE_FILE)
+    save_model(average, files.place(args.out, files.MODEL))
+    save_vae(vae, files.place(args.out, files.VAE))
 
 
 if __name__ == "__main__":
