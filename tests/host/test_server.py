@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 
 import pytest
 
+from svdquant_nodes.tests.node_ids import NODE_IDS, declared_ids
 from svdquant_nodes.tools.host.client import PromptFailed, PromptRefused
 from svdquant_nodes.tools.host.places import ROOT
 
-# Saved in users' workflows: an id that leaves this list breaks their files.
-NODE_IDS = {
-    "SVDQuantLoadModel",
-    "SVDQuantApplyLora",
-    "SVDQuantSample",
-    "SVDQuantInspect",
-    "SVDQuantFetchModel",
-    "SVDQuantDemoPrompt",
-    "SVDQuantDemoVAE",
-}
 WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
 def object_info(comfy):
     return comfy.client.get("/object_info")
-
-
-def declared_ids():
-    """The node_id of every schema in nodes/, read without importing them."""
-    trees = (ast.parse(file.read_text()) for file in (ROOT / "nodes").glob("*.py"))
-    words = (word for tree in trees for word in ast.walk(tree) if isinstance(word, ast.keyword))
-    return {
-        word.value.value for word in words if word.arg == "node_id" and isinstance(word.value, ast.Constant)
-    }
 
 
 def test_every_node_is_listed(object_info):
