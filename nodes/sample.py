@@ -8,6 +8,62 @@ from comfy_api.latest import io, ui
 from ..svdquant.adapters import sampling
 
 
+# KSampler's settings in its order, and guidance.
+SETTINGS: list[io.Input] = [
+    io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=2**64 - 1,
+        control_after_generate=True,
+        tooltip="Same seed, same image.",
+    ),
+    io.Int.Input(
+        "steps",
+        default=20,
+        min=1,
+        max=10000,
+        tooltip="Denoising steps; schnell and turbo models want 4 to 8.",
+    ),
+    io.Float.Input(
+        "cfg",
+        default=1.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        tooltip="Classifier-free guidance; 1 for distilled models such as FLUX.1, more needs a negative.",
+    ),
+    io.Float.Input(
+        "guidance",
+        default=3.5,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        tooltip="Distilled guidance of FLUX.1-dev; others ignore it.",
+    ),
+    io.Combo.Input(
+        "sampler",
+        options=comfy.samplers.KSampler.SAMPLERS,
+        default="euler",
+        tooltip="The solver.",
+    ),
+    io.Combo.Input(
+        "scheduler",
+        options=comfy.samplers.KSampler.SCHEDULERS,
+        default="simple",
+        tooltip="How noise levels are spaced.",
+    ),
+    io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="1 starts from noise; less keeps part of the latent.",
+    ),
+]
+
+
 class SVDQuantSample(io.ComfyNode):
     """What KSampler and FluxGuidance do together, with a report."""
 
@@ -26,57 +82,7 @@ class SVDQuantSample(io.ComfyNode):
                     "latent",
                     tooltip="An empty latent for text to image, an encoded image for image to image.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Same seed, same image.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=20,
-                    min=1,
-                    max=10000,
-                    tooltip="Denoising steps; schnell and turbo models want 4 to 8.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Classifier-free guidance: 1 for distilled models such as FLUX.1; above 1 needs a negative.",
-                ),
-                io.Float.Input(
-                    "guidance",
-                    default=3.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Distilled guidance of FLUX.1-dev; others ignore it.",
-                ),
-                io.Combo.Input(
-                    "sampler",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler",
-                    tooltip="The solver.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="simple",
-                    tooltip="How noise levels are spaced.",
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 starts from noise; less keeps part of the latent.",
-                ),
+                *SETTINGS,
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What to steer away from; needed when cfg is not 1."
                 ),
