@@ -21,6 +21,7 @@ STOCK_NODES = {
     "EmptyLatentImage",
     "EmptySD3LatentImage",
     "FluxGuidance",
+    "ImageScaleBy",
     "KSampler",
     "KSamplerSelect",
     "LoraLoaderModelOnly",
