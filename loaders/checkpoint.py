@@ -192,7 +192,7 @@ def forbid(files: TensorFile, keys: Mapping[str, str], unwanted: tuple[str, ...]
     for field in unwanted:
         if field in keys:
             raise ValueError(
-                f"{files.path.name}: {keys[field]}: expected no such tensor {why}, got one. "
+                f"{files.path.name}: {keys[field]}: expected no such tensor{why}, got one. "
                 "The file mixes two formats; convert it again from its source."
             )
 

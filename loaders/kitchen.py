@@ -158,7 +158,7 @@ def _decode(t: Mapping[str, Tensor], info: LayerInfo) -> LinearWeights:
     return LinearWeights(
         info.spec,
         tiles.untile_kitchen_codes(codes) if packed else codes,
-        tiles.untile_kitchen_rows(t["scales"].transpose(1, 2)) if packed else t["scales"].T.contiguous(),
+        tiles.untile_kitchen_rows(t["scales"]) if packed else t["scales"].T.contiguous(),
         smooth=t["smooth"],
         down=t["down"].T.contiguous(),
         up=tiles.untile_kitchen_rows(t["up"]) if packed else t["up"],

@@ -1,0 +1,73 @@
+"""tools/svdquant from a shell: output, JSON, one-sentence errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from svdquant_nodes.tests import golden
+from svdquant_nodes.tests.loaders import made
+
+ROOT = Path(__file__).resolve().parents[2]
+MINI = golden.FOLDER / "mini_flux_int4.safetensors"
+
+
+def shell(*arguments, cwd=None) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "svdquant"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_inspect_prints_every_layer():
+    done = shell("inspect", MINI)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "nunchaku_v1, FLUX.1" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if "transformer_blocks.0.mlp_context_fc2 " in line)
+    assert all(word in line for word in ("int4", "128x256", "rank 16", "0.171875"))
+
+
+def test_inspect_json_is_a_record_of_the_file():
+    found = json.loads(shell("inspect", MINI, "--json").stdout)
+    assert (found["dialect"], found["family"], len(found["layers"])) == ("nunchaku_v1", "FLUX.1", 15)
+    assert found["plain_tensors"] == 10 and found["warnings"] == []
+    assert sum(layer["nbytes"] for layer in found["layers"]) == found["quantized_bytes"]
+
+
+def test_convert_says_what_it_made(tmp_path):
+    done = shell("convert", MINI, tmp_path / "a.safetensors", "--to", "natural")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "natural, 15 layers" in done.stdout and (tmp_path / "a.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_bad_file_is_one_sentence_and_exit_code_2(tmp_path, command):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\x80\x04\x95" + bytes(64))
+    rest = ["b.safetensors", "--to", "natural"] if command == "convert" else []
+    done = shell(command, path, *rest, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(
+        "error: model.safetensors: expected a safetensors file, got a Python pickle"
+    )
+    assert done.stderr.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_ordinary_model_names_the_stock_node(tmp_path):
+    done = shell("inspect", made.save(tmp_path / "a.safetensors", made.PLAIN))
+    assert done.returncode == 2 and "Load Diffusion Model (UNETLoader)" in done.stderr
+
+
+def test_wrong_usage_is_exit_code_2():
+    assert shell("convert", MINI, "b.safetensors", "--to", "gguf").returncode == 2
+    assert shell("quantise").returncode == 2
+
+
+def test_reader_that_closes_early_is_no_error():
+    script = ROOT / "tools" / "svdquant"
+    pipe = f"{sys.executable} {script} inspect {MINI} --json | head -1"
+    done = subprocess.run(pipe, shell=True, capture_output=True, text=True)
+    assert done.stdout == "{\n" and done.stderr == ""
