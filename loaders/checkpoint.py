@@ -136,10 +136,7 @@ def _decoded(files: TensorFile, name: str, info: LayerInfo, decode: Decode) -> L
 
 
 def _check_finite(files: TensorFile, key: str, field: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        return
-    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    if not bool(torch.isfinite(values).all()):
+    if tensor.is_floating_point() and not _is_finite(tensor):
         raise ValueError(
             f"{files.path.name}: {key}: expected finite numbers, got NaN or infinity. "
             "The file is damaged or its quantization failed; get another copy."
@@ -149,6 +146,12 @@ def _check_finite(files: TensorFile, key: str, field: str, tensor: Tensor) -> No
             f"{files.path.name}: {key}: expected no zero, since activations are divided by it, got one. "
             "The file is damaged or its quantization failed; get another copy."
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype == torch.float8_e4m3fn:  # it has no infinity, and NaN is all ones below the sign
+        return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
+    return bool(torch.isfinite(tensor).all())
 
 
 def group_keys(files: TensorFile, fields: Mapping[str, str], marker: str) -> dict[str, dict[str, str]]:
@@ -172,7 +175,7 @@ def group_keys(files: TensorFile, fields: Mapping[str, str], marker: str) -> dic
             group[fields[tail]] = name
     layers = {layer: group for layer, group in groups.items() if fields[marker] in group}
     for layer, group in groups.items():
-        if layer not in layers and _TELLING & set(group):
+        if layer not in layers and _TELLING & set(group) and len(group.keys() - {"bias"}) > 1:
             require(files, layer, group, {fields[marker]: marker})
     return layers
 

@@ -28,6 +28,12 @@ def test_round_trip_keeps_every_bit_and_the_shift(tmp_path, name):
     assert made.same_tensors(back.plain, made.PLAIN)
 
 
+def test_a_plain_tensor_may_be_called_like_a_field(tmp_path):
+    path, plain = tmp_path / "a.safetensors", {"block.up": torch.ones(4), "other.zeros": torch.ones(4)}
+    natural.write(path, {"a.b": weights("int4")}, plain, {})
+    assert made.same_tensors(open_checkpoint(path).plain, plain)
+
+
 def test_codes_are_the_numbers_themselves():
     """The golden logical codes, as they are."""
     t = natural.encode_linear(golden.int4_linear("c0"))
