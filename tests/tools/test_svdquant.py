@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,15 @@ def test_bad_file_is_one_sentence_and_exit_code_2(tmp_path, command):
 def test_ordinary_model_names_the_stock_node(tmp_path):
     done = shell("inspect", made.save(tmp_path / "a.safetensors", made.PLAIN))
     assert done.returncode == 2 and "Load Diffusion Model (UNETLoader)" in done.stderr
+
+
+def test_python_without_torch_and_no_environment_says_what_to_do(tmp_path):
+    """-S leaves out site-packages, and with them torch."""
+    command = [sys.executable, "-S", str(ROOT / "tools" / "svdquant"), "inspect", str(MINI)]
+    environment = {**os.environ, "SVDQUANT_VENV": str(tmp_path), "PYTHONPATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: torch and einops are not installed here. Use the Python")
 
 
 def test_wrong_usage_is_exit_code_2():
