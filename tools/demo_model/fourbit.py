@@ -1,4 +1,4 @@
-"""A 4-bit file in the plain-torch demo model, to measure it without ComfyUI."""
+"""A 4-bit file in the plain-torch demo model, with or without a LoRA, to look at it without ComfyUI."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...loaders.checkpoint import Checkpoint
@@ -23,9 +24,10 @@ class FourBitLinear(nn.Module):
     def __init__(self, parts: tuple[linear.Part, ...], bias: Tensor):
         super().__init__()
         self.parts, self.bias = parts, bias
+        self.branches: tuple[linear.Branch, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear.forward(x, self.parts, self.bias, (), reference)
+        return linear.forward(x, self.parts, self.bias, self.branches, reference)
 
 
 def read_linear(checkpoint: Checkpoint, name: str, role: Role) -> LinearWeights:
@@ -48,3 +50,15 @@ def load(path: Path, model: Flux) -> Flux:
         layer = FourBitLinear(*assemble(stored, mapped.axes[host]))
         setattr(model.get_submodule(parent), child, layer)
     return model
+
+
+def set_lora(model: Flux, path: Path, strength: float) -> None:
+    """Give every linear that a LoRA in kohya's naming knows its branch, in place of the one it had."""
+    tensors = load_file(path)
+    for name, layer in model.named_modules():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        if isinstance(layer, FourBitLinear) and f"{key}.alpha" in tensors:
+            down, up = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
+            factor = strength * tensors[f"{key}.alpha"].item() / len(down)
+            branch = linear.Branch(down, up, factor, rows=slice(len(up)), columns=slice(down.shape[1]))
+            layer.branches = (branch,)

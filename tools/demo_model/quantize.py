@@ -93,7 +93,7 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     return 10 * torch.log10(4 / (images - reference).square().mean((1, 2, 3)))
 
 
-def compare(model: flux.Flux, small: flux.Flux, sheet: Path | None) -> float:
+def compare(model: flux.Flux, small: flux.Flux) -> float:
     """Mean PSNR of 64 drawings by the 4-bit model against the 16-bit ones, in dB."""
     vae = load_vae()
     captions = some_scenes(64, seed=77)
@@ -101,8 +101,6 @@ def compare(model: flux.Flux, small: flux.Flux, sheet: Path | None) -> float:
         vae.to_patches(paint(m, captions, seed=99, times=flow.schedule(20))).clamp(-1, 1)
         for m in (model, small)
     )
-    if sheet:
-        shapes.save_sheet([exact[:8], near[:8]], sheet)
     return psnr(near, exact).mean().item()
 
 
@@ -111,7 +109,6 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--sheet", type=Path, help="also write a picture: 16 bits above, 4 bits below")
     parser.add_argument("--rank", type=int, default=16, help="a multiple of 16")
     parser.add_argument("--tokens", type=int, default=4096, help="calibration rows a linear")
     return parser.parse_args()
@@ -126,7 +123,7 @@ def main() -> None:
     path = files.place(args.out, files.INT4)
     plain = checkpoint.plain_tensors(load_file(SOURCE), model.config)
     nunchaku.write(path, layers, plain, checkpoint.metadata(model.config))
-    quality = compare(model, fourbit.load(path, model), args.sheet)
+    quality = compare(model, fourbit.load(path, model))
     print(f"{path}: {path.stat().st_size} bytes; PSNR {quality:.2f} dB over 64 drawings, 20 steps, cfg 2")
 
 

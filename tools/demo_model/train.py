@@ -62,7 +62,7 @@ def train(
     """Fit the model; returns the running average of its weights, which draws better than the last ones."""
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    started = time.time()
+    started, losses = time.time(), []
     for step in range(args.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
         pick = torch.randint(len(latents), (args.batch,))
@@ -75,8 +75,10 @@ def train(
         decay = min(0.995, 1 - 1 / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(model.state_dict().values()), 1 - decay)
+        losses.append(loss.item())
         if step % 50 == 49:
-            print(f"step {step + 1:5d}  loss {loss.item():.4f}  {time.time() - started:.0f} s", flush=True)
+            recent = sum(losses[-50:]) / 50
+            print(f"step {step + 1:5d}  loss {recent:.4f}  {time.time() - started:.0f} s", flush=True)
     return average
 
 

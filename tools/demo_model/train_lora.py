@@ -100,7 +100,7 @@ def train(model: flux.Flux, branches: dict[str, LoraLinear], vae: DemoVAE, args:
     parameters = [p for branch in branches.values() for p in (branch.down, branch.up)]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    started = time.time()
+    started, losses = time.time(), []
     for step in range(args.steps):
         pick, strength = torch.randint(len(plain), (args.batch,)), draw_strength(args.batch)
         set_strength(branches, strength)
@@ -111,8 +111,10 @@ def train(model: flux.Flux, branches: dict[str, LoraLinear], vae: DemoVAE, args:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         decay.step()
+        losses.append(loss.item())
         if step % 50 == 49:
-            print(f"step {step + 1:5d}  loss {loss.item():.4f}  {time.time() - started:.0f} s", flush=True)
+            recent = sum(losses[-50:]) / 50
+            print(f"step {step + 1:5d}  loss {recent:.4f}  {time.time() - started:.0f} s", flush=True)
 
 
 def save_lora(branches: dict[str, LoraLinear], alpha: float, path: Path) -> None:
@@ -127,25 +129,11 @@ def save_lora(branches: dict[str, LoraLinear], alpha: float, path: Path) -> None
     save_file(tensors, path, metadata=metadata)
 
 
-def save_comparison(model: flux.Flux, branches: dict[str, LoraLinear], vae: DemoVAE, path: Path) -> None:
-    """Draw eight scenes at strengths 0, 0.5 and 1, a row each."""
-    captions = [scene.caption for scene in shapes.ALL_SCENES[23::241]]
-    prompts = flow.Prompts.encode(captions, encode_prompt)
-    noise = torch.randn(len(captions), 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    rows = []
-    for strength in (0.0, 0.5, 1.0):
-        set_strength(branches, torch.full((len(captions),), strength))
-        latent = flow.sample(model, noise, prompts, prompts.index(captions), times=flow.schedule(20))
-        rows.append(vae.to_patches(latent))
-    shapes.save_sheet(rows, path)
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the LoRA")
-    parser.add_argument("--sheet", type=Path, help="also write a picture of strengths 0, 0.5 and 1 here")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--steps", type=int, default=2500)
@@ -163,8 +151,6 @@ def main() -> None:
     branches = attach(model, args.rank, alpha=args.rank / 2)
     train(model, branches, vae, args)
     save_lora(branches, args.rank / 2, files.place(args.out, files.LORA))
-    if args.sheet:
-        save_comparison(model, branches, vae, args.sheet)
 
 
 if __name__ == "__main__":
