@@ -32,5 +32,5 @@ class SVDQuantInspect(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
-        text = report.as_text(report.describe(open_checkpoint(folders.model_path(model_name))))
+        text = report.as_text(report.describe(open_checkpoint(folders.find(folders.MODELS, model_name))))
         return io.NodeOutput(text, ui=ui.PreviewText(text))

@@ -46,4 +46,4 @@ class SVDQuantLoadModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load.load_model(folders.model_path(model_name)))
+        return io.NodeOutput(load.load_model(folders.find(folders.MODELS, model_name)))

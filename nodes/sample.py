@@ -7,7 +7,6 @@ from comfy_api.latest import io, ui
 
 from ..svdquant.adapters import sampling
 
-
 # KSampler's settings in its order, and guidance.
 SETTINGS: list[io.Input] = [
     io.Int.Input(

@@ -8,7 +8,8 @@ which `clone()` copies along, keep the layers' `branches` equal to what the patc
   ON_APPLY_HOOKS    plus those of the hooks of the conditioning about to run
   ON_PREPARE_STATE  each step: back to the base where the host dropped its hooks without a callback
   ON_CLEANUP        back to the base after sampling
-  ON_DETACH         nothing, so that no LoRA stays on the device
+  ON_DETACH         nothing, so that no LoRA stays on the device; but a clone that merely dies or gives way to
+                    another clone of the loaded model (unpatch_all is False) must not touch that one's branches
   ON_CLONE          the clone, too, skips merging into quantized weights
 
 A plain LoRA joins exactly, as a pair. Everything else (LoHa, LoKr, DoRA, OFT, full differences, a scaled base) is
@@ -46,7 +47,10 @@ def attach(patcher) -> None:
         (CallbacksMP.ON_APPLY_HOOKS, lambda patcher, hooks: set_branches(patcher, hooks)),
         (CallbacksMP.ON_PREPARE_STATE, lambda patcher, *_: _drop_stale_hooks(patcher)),
         (CallbacksMP.ON_CLEANUP, lambda patcher: set_branches(patcher) if patcher.hook_patches else None),
-        (CallbacksMP.ON_DETACH, lambda patcher, *_: clear_branches(patcher)),
+        (
+            CallbacksMP.ON_DETACH,
+            lambda patcher, unpatch_all: clear_branches(patcher) if unpatch_all else None,
+        ),
         (CallbacksMP.ON_CLONE, lambda _, clone: skip_merging(clone)),
     ):
         patcher.add_callback_with_key(event, KEY, callback)

@@ -39,16 +39,6 @@ def find(kind: str, name: str) -> Path:
     return Path(path)
 
 
-def model_path(name: str) -> Path:
-    """A checkpoint by its name in the list; a legacy two-file checkpoint is its folder."""
-    path = find(MODELS, name)
-    return (
-        path.parent
-        if path.name in ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
-        else path
-    )
-
-
 def first(kind: str) -> Path:
     """The host's own folder for a kind of model, where downloads go."""
     return Path(folder_paths.get_folder_paths(kind)[0])

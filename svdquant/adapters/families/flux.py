@@ -66,6 +66,7 @@ _SINGLE = (
         (
             (Stored(_S + "out_proj"), unsigned(_S + "mlp_fc2")),
             (Stored(_S + "attn.to_out"), unsigned(_S + "mlp_fc2")),
+            (Stored(_S + "proj_out"),),
         ),
         axis="columns",
     ),
