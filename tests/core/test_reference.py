@@ -251,11 +251,12 @@ def test_nvfp4_takes_infinity_for_the_largest_number_without_a_branch():
 
 
 def test_nvfp4_scale_saturates_and_vanishes():
-    # 1e6 / 6 is above 448, the code saturates too: 6 * 448; 2^-8 / 6 is below 2^-10: the group is gone
-    x, smooth, down = one_group(1e6, size=32)
+    # 1e6 / 6 is above 448, so the scale is 448 and the code saturates too; the neighbour is coded with that scale:
+    # 2000 / 448 = 4.46 -> 4, code 6. 2^-8 / 6 is below 2^-10: the group is gone
+    x, smooth, down = one_group(1e6, 2000, size=32)
     x[0, 16] = 2.0**-8
     codes, scales, _ = reference.quantize_nvfp4(x, smooth, down)
-    assert scales.float().tolist() == [[448.0, 0.0]] and codes[0, 0] == 7
+    assert scales.float().tolist() == [[448.0, 0.0]] and codes[0, :2].tolist() == [7, 6]
 
 
 @pytest.mark.parametrize("dtype", layers.DTYPES)

@@ -40,6 +40,13 @@ def test_smooth_act_rounds_once(dtype):
     assert (oracle.values(got) == oracle.smooth_act(oracle.values(x), oracle.values(s), dtype)).all()
 
 
+def test_smooth_keeps_its_own_range():
+    """A bf16 vector may hold what fp16 activations cannot: 2^17 and 2^-30 are out of their range."""
+    x = torch.tensor([[2.0, 2.0**-20]], dtype=torch.float16)
+    s = torch.tensor([2.0**17, 2.0**-30], dtype=torch.bfloat16)
+    assert smooth.smooth_act(x, s).tolist() == [[2.0**-16, 2.0**10]]
+
+
 def test_smoothing_cancels_between_activation_and_weight():
     x, w = layers.random(5, 64, seed=3).double(), layers.random(7, 64, seed=4).double()
     s = torch.exp2(layers.random(64, seed=5)).double()
