@@ -29,5 +29,5 @@ def split(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def unsmooth(factor: Tensor, smooth: Tensor, dtype: torch.dtype) -> Tensor:
-    """down = factor / smooth, divided in fp64 and rounded once: [R, K], [K] -> [R, K] dtype."""
+    """down = factor / smooth, as published packers divide and round it: [R, K], [K] -> [R, K] dtype."""
     return (factor.double() / smooth.double()).to(dtype)
