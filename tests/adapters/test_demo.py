@@ -227,3 +227,14 @@ class TestPicture:
     def test_4_bits_draw_the_same(self, model, paint, exact):
         drawn = paint(fourbit.load(files.DEMO / files.INT4, model))
         assert psnr(drawn, exact) > 35  # 37.7 over 64 drawings; 34.5 with neither smoothing nor low rank
+
+    def test_lora_turns_off_the_light_by_its_strength(self, model, paint):
+        """Corners go from the background's colour to night, half-way at half strength."""
+        small, corners = fourbit.load(files.DEMO / files.INT4, model), []
+        for strength in (0.0, 0.5, 1.0):
+            fourbit.set_lora(small, files.DEMO / files.LORA, strength)
+            corners.append(paint(small)[:, :, -8:, :8].mean((2, 3)))
+        plain, half, full = corners
+        assert (full < -0.5).all()
+        assert (half - (plain + full) / 2).abs().max() < 0.3
+        assert (plain - full).abs().max() > 1.5
