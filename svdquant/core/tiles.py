@@ -14,18 +14,16 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .int4 import pack_nibbles, unpack_unsigned
-
 TILE_N = 128  # rows of a Nunchaku tile; N, K and channel vectors are padded to it
 TILE_R = 16  # ranks are padded to it
 
-_P1 = "(nt a b c) (kt p l i) -> nt kt a c l b p i", dict(a=8, b=2, c=8, p=2, l=4, i=4)
+_P1 = "(nt a b c) (kt p l) -> nt kt a c l b p", dict(a=8, b=2, c=8, p=2, l=4)  # of words of 8 codes
 _P2 = "(nt a b c d) -> nt a c b d", dict(a=8, b=2, c=4, d=2)
 _P3 = "(nt a b c d) g -> nt g a c b d", dict(a=8, b=2, c=4, d=2)
 _P4 = "(nt b c d) (g e) -> nt g d c b e", dict(b=4, c=4, d=8, e=4)
 _P5 = "(rp b m) (cp p l e) -> cp rp m l b p e", dict(b=2, m=8, p=2, l=4, e=2)
 _P6 = "(cp b m) (rp p l e) -> cp rp m l b p e", dict(b=2, m=8, p=2, l=4, e=2)
-_P7 = "(nt r) (kt h j i) -> nt kt r h i j", dict(r=4, h=2, j=4, i=8)
+_P7 = "(nt r) (kt h j l) -> nt kt r h l j", dict(r=4, h=2, j=2, l=2)  # of words, see tile_awq_codes
 _KITCHEN_WEIGHT = "(nt a b) (kt c) -> nt kt a (b c)", dict(a=32, b=4, c=32)
 _KITCHEN_ROWS = "(nt n) r -> nt r n", dict(n=128)
 
@@ -57,14 +55,25 @@ def pad_to(x: Tensor, multiples: tuple[int, ...], fill: float) -> Tensor:
     return pad(x, widths, value=fill)
 
 
+def _words(x: Tensor) -> Tensor:
+    """Bytes seen as int32 words: [..., 4n] -> [..., n]. Copies only what lies unaligned in its file."""
+    aligned = (
+        x
+        if x.is_contiguous() and x.storage_offset() % 4 == 0
+        else x.clone(memory_format=torch.contiguous_format)
+    )
+    return aligned.view(torch.int32)
+
+
 def tile_codes(packed: Tensor) -> Tensor:
     """P1, 4-bit weight codes: natural [N, K/2] uint8 -> stored [N, K/2] int8. N, K multiples of 128, 64."""
-    return _tile(packed, _P1).view(torch.int8).reshape(packed.shape)
+    return _tile(_words(packed), _P1).view(torch.int8).reshape(packed.shape)
 
 
 def untile_codes(stored: Tensor) -> Tensor:
     """P1 back: stored [N, K/2] int8 -> natural [N, K/2] uint8."""
-    return _natural(stored.view(torch.uint8), _P1, nt=stored.shape[0] // TILE_N, kt=stored.shape[1] // 32)
+    n, half = stored.shape
+    return _natural(_words(stored), _P1, nt=n // TILE_N, kt=half // 32).view(torch.uint8)
 
 
 def tile_vector(x: Tensor) -> Tensor:
@@ -118,17 +127,43 @@ def untile_up(stored: Tensor) -> Tensor:
     return _natural(stored, _P6, cp=stored.shape[0] // 16, rp=stored.shape[1] // 16)
 
 
+def _exchange(low: Tensor, high: Tensor, bits: int, mask: int) -> tuple[Tensor, Tensor]:
+    """Swap the fields of `low` that lie `bits` above `mask` with the fields of `high` under `mask`."""
+    changed = ((low >> bits) ^ high) & mask
+    return low ^ (changed << bits), high ^ changed
+
+
+def _pair_columns(word: Tensor) -> Tensor:
+    """Swap nibbles 1, 3 of a word with its nibbles 4, 6: columns k and k + 1 come into one byte. Its own inverse."""
+    changed = ((word >> 4) ^ (word >> 16)) & 0x0F0F
+    return word ^ (changed << 4) ^ (changed << 16)
+
+
+def _transpose_bytes(words: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The 4x4 transpose of the bytes of four words, in exchanges of bytes, then of halves. Its own inverse."""
+    a, b, c, d = words
+    (a, b), (c, d) = _exchange(a, b, 8, 0x00FF00FF), _exchange(c, d, 8, 0x00FF00FF)
+    (a, c), (b, d) = _exchange(a, c, 16, 0xFFFF), _exchange(b, d, 16, 0xFFFF)
+    return a, b, c, d
+
+
 def tile_awq_codes(packed: Tensor) -> Tensor:
-    """P7, AWQ codes, four rows interleaved: natural [N, K/2] uint8 -> stored int16 [N/4, K]."""
+    """P7, AWQ codes, four rows interleaved: natural [N, K/2] uint8 -> stored int16 [N/4, K].
+
+    P7 keeps columns k, k+8, k+16, k+24 in one int16: in every 32 columns, an 8x4 transpose of nibbles.
+    """
     n, half = packed.shape
-    return pack_nibbles(_tile(unpack_unsigned(packed), _P7)).view(torch.int16).reshape(n // 4, half * 2)
+    words = _tile(_words(packed), _P7).reshape(-1, 4).unbind(-1)
+    stored = torch.stack([_pair_columns(word) for word in _transpose_bytes(words)], dim=-1)
+    return stored.view(torch.int16).reshape(n // 4, half * 2)
 
 
 def untile_awq_codes(stored: Tensor) -> Tensor:
     """P7 back: stored int16 [N/4, K] or int32 [N/4, K/2] -> natural [N, K/2] uint8."""
-    halves = stored.view(torch.int16)
-    nibbles = unpack_unsigned(halves.contiguous().view(torch.uint8))
-    return pack_nibbles(_natural(nibbles, _P7, nt=halves.shape[0], kt=halves.shape[1] // 64))
+    bytes_ = stored.contiguous().view(torch.uint8)
+    nt, kt = bytes_.shape[0], bytes_.shape[1] // 128
+    words = tuple(_pair_columns(word) for word in _words(bytes_).reshape(-1, 4).unbind(-1))
+    return _natural(torch.stack(_transpose_bytes(words), dim=-1), _P7, nt=nt, kt=kt).view(torch.uint8)
 
 
 def tile_kitchen_codes(packed: Tensor) -> Tensor:
