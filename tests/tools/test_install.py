@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+import threading
 
 import pytest
 
@@ -88,6 +89,25 @@ def test_a_failed_command_is_told_in_a_sentence(scratch):
             ["sh", "-c", "echo noise; echo ERROR: no such thing; echo bye; exit 3"], "could not do it"
         )
     assert "noise" in (scratch / "hosts" / "setup.log").read_text()
+
+
+def test_two_set_ups_take_turns(parts, scratch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    (scratch / "hosts").mkdir()
+    with (scratch / "hosts" / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        threading.Timer(0.3, fcntl.flock, (other, fcntl.LOCK_UN)).start()
+        install.ensure_venv(Steps())
+    assert "wait for another set-up to end" in capsys.readouterr().out
+    assert len(parts[0]) == 3
+
+
+def test_a_command_that_outlives_the_set_up_keeps_the_lock(scratch):
+    fcntl = pytest.importorskip("fcntl")
+    with install._one_at_a_time(Steps()):
+        install.run_logged(["sh", "-c", "sleep 2 >/dev/null 2>&1 &"], "could not")
+    with (scratch / "hosts" / "lock").open("w") as next_one, pytest.raises(BlockingIOError):
+        fcntl.flock(next_one, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sdist(folder, files):

@@ -13,14 +13,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: two set-ups at once are the user's own business there
+    fcntl = None
 
 from . import places
 from .places import Host, SetupError
@@ -74,7 +79,7 @@ def ensure_host(version: str, steps: Steps) -> Host:
 
 def ensure_venv(steps: Steps) -> Path:
     """Bring the virtual environment up to date; returns its Python."""
-    with _one_at_a_time():
+    with _one_at_a_time(steps):
         stamps, digest = _read_stamps(), ""
         for part in _parts():
             digest = hashlib.sha256(f"{digest}\n{part.content}".encode()).hexdigest()
@@ -103,17 +108,17 @@ def ensure_tree(version: str, steps: Steps) -> Path:
     if archive is None:
         raise SetupError(f"ComfyUI {version}: expected one of {', '.join(ARCHIVES)}. Or set COMFYUI_PATH.")
     tree = places.tree_dir(version)
-    stamp = tree / ".archive-sha256"
-    with _one_at_a_time():
+    stamp, workshop = tree / ".archive-sha256", places.hosts_dir() / "unpacking"
+    with _one_at_a_time(steps):
         if not (stamp.is_file() and stamp.read_text() == archive.sha256):
-            with (
-                steps.step(f"fetch ComfyUI {version}"),
-                tempfile.TemporaryDirectory(dir=places.hosts_dir()) as temp,
-            ):
-                unpacked = _unpack(_download(archive, Path(temp)), Path(temp))
+            with steps.step(f"fetch ComfyUI {version}"):
+                shutil.rmtree(workshop, ignore_errors=True)
+                workshop.mkdir()
+                unpacked = _unpack(_download(archive, workshop), workshop)
                 (unpacked / stamp.name).write_text(archive.sha256)
                 shutil.rmtree(tree, ignore_errors=True)
                 unpacked.rename(tree)
+                shutil.rmtree(workshop)
     return tree
 
 
@@ -123,9 +128,9 @@ def run_logged(command: list[str | Path], failure: str) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab+") as out:
         start = out.seek(0, 2)
-        done = subprocess.run(
-            [str(word) for word in command], stdout=out, stderr=out, stdin=subprocess.DEVNULL
-        )
+        words = [str(word) for word in command]
+        # close_fds=False: the child inherits the lock, so a pip that outlives us still holds it
+        done = subprocess.run(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL, close_fds=False)
         if done.returncode == 0:
             return
         out.seek(start)
@@ -207,7 +212,7 @@ def _install_companions(cut_off: bool) -> None:
 
 
 def _install_requirements(cut_off: bool) -> None:
-    _pip_install(cut_off, "-r", REQUIREMENTS)
+    _pip_install(cut_off, "--no-deps", "-r", REQUIREMENTS)
 
 
 def _pip_install(cut_off: bool, *what: str | Path) -> None:
@@ -244,14 +249,15 @@ def _unpack(file: Path, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Hold the hosts folder's lock; the system drops it with the process, so none is left behind."""
+def _one_at_a_time(steps: Steps) -> Iterator[None]:
+    """Hold the hosts folder's lock; the system drops it with the last process that has it open."""
     places.hosts_dir().mkdir(parents=True, exist_ok=True)
     with (places.hosts_dir() / "lock").open("w") as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows: two set-ups at once are the user's own business there
-            pass
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        if fcntl:
+            os.set_inheritable(file.fileno(), True)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with steps.step("wait for another set-up to end"):
+                    fcntl.flock(file, fcntl.LOCK_EX)
         yield
