@@ -1,0 +1,50 @@
+"""What docs/ quotes is what the code and the golden vectors say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdquant_nodes.tests import golden, oracle
+from svdquant_nodes.tests.tolerances import TOLERANCES
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def text(name):
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_numerics_quotes_every_tolerance():
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \| .+ \|$", text("numerics.md"), re.MULTILINE)
+    quoted = {name: (float(norm), float(peak)) for name, norm, peak in rows}
+    assert quoted == {name: (limit.norm, limit.peak) for name, limit in TOLERANCES.items()}
+
+
+def test_hex_dump_is_the_golden_file():
+    stored = golden.case("svdq_int4_linear", "c0")["packed.qweight"].view(torch.uint8).flatten()
+    lines = re.findall(
+        r"^    ([0-9a-f]{5})  ((?:[0-9a-f]{2} ){15}[0-9a-f]{2}) ", text("format.md"), re.MULTILINE
+    )
+    assert [int(offset, 16) for offset, _ in lines] == [0, 16, 32, 48, 64]
+    dumped = b"".join(bytes.fromhex(row) for _, row in lines)
+    assert dumped == bytes(stored[:80].tolist())
+
+
+def test_hex_dump_is_decoded_rightly():
+    codes = golden.case("svdq_int4_linear", "c0")["logical.q"]
+    pattern = r"^    bytes (\w\w)\.\.\w\w  row (\d), columns +(\d+)\.\.(\d+) +((?:-?\d+ +){7}-?\d+)"
+    rows = re.findall(pattern, text("format.md"), re.MULTILINE)
+    assert len(rows) == 6
+    for byte, row, first, last, values in rows:
+        n, k = int(row), int(first)
+        assert oracle.p1(n, k, 128) == 2 * int(byte, 16)
+        assert [int(v) for v in values.split()] == codes[n, k : int(last) + 1].tolist()
+
+
+@pytest.mark.parametrize("name, cap", [("numerics.md", 150), ("format.md", 250)])
+def test_documents_stay_short(name, cap):
+    assert len(text(name).splitlines()) <= cap
