@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import pack
 
 pack.alias()
-from svdquant_nodes.tools.host import places  # noqa: E402
-from svdquant_nodes.tools.host.server import ComfyServer  # noqa: E402
+from svdquant_nodes.tools.host import places
+from svdquant_nodes.tools.host.server import ComfyServer
 
 OUT = pack.ROOT / "workflows"
 HUB = "https://huggingface.co"
@@ -28,182 +28,154 @@ COLUMN, WIDTH = 380, 320  # pixels between columns, width of a node
 
 
 @dataclass(frozen=True)
+class Link:
+    """The output of another node, by the name it has in its graph."""
+
+    name: str
+    output: int = 0
+
+
+@dataclass(frozen=True)
 class Node:
-    """One node: its type, place (column, pixels from the top), height, values, and links as "name.output"."""
+    """One node: its type, place (column, pixels from the top, height), values and links, title, files it needs."""
 
     type: str
-    column: int
-    top: int
-    height: int = 120
-    inputs: dict[str, Any] = field(default_factory=dict)
+    place: tuple[int, int, int]
+    inputs: dict[str, Any]
     title: str = ""
-    models: tuple[tuple[str, str, str], ...] = ()  # file name, URL, folder: what the UI offers to download
+    downloads: tuple[tuple[str, str], ...] = ()  # (URL, folder): what the UI offers to download
 
 
-def link(name: str, output: int = 0) -> tuple[str, int]:
-    """The output of another node."""
-    return (name, output)
+Graph = dict[str, Node]
 
 
-def _sampler(top: int = 0, **values: Any) -> Node:
-    settings = dict(seed=0, steps=20, cfg=1.0, guidance=3.5, sampler="euler", scheduler="simple", denoise=1.0)
-    return Node("SVDQuantSample", 3, top, 480, {"model": link("model"), **settings, **values})
+def node(kind: str, place: tuple[int, int, int], /, title: str = "", downloads=(), **inputs: Any) -> Node:
+    """A node with its inputs as keywords."""
+    return Node(kind, place, inputs, title, tuple(downloads))
 
 
-def demo() -> dict[str, Node]:
-    """The tiny model that ships with the pack: runs anywhere, in a second."""
-    prompt = "a big yellow star at the center on a navy background"
-    return {
-        "model": Node(
-            "SVDQuantLoadModel",
-            0,
-            0,
-            110,
-            {"model_name": "svdquant-demo-int4.safetensors"},
-            "4-bit demo model",
-        ),
-        "lora": Node(
-            "SVDQuantApplyLora",
-            1,
-            0,
-            200,
-            {
-                "model": link("model"),
-                "lora_name": "svdquant-demo-lora.safetensors",
-                "strength": 0.0,
-                "more": "0",
-            },
-            "Raise the strength to 1 to see the LoRA",
-        ),
-        "prompt": Node("SVDQuantDemoPrompt", 1, 280, 160, {"text": prompt}, "Prompt"),
-        "empty": Node("SVDQuantDemoPrompt", 1, 520, 160, {"text": ""}, "Negative (empty)"),
-        "latent": Node(
-            "EmptySD3LatentImage", 1, 760, 140, {"width": 64, "height": 64, "batch_size": 1}, "64 x 64 pixels"
-        ),
-        "sample": Node(
-            "SVDQuantSample",
-            2,
-            0,
-            480,
-            {
-                **_sampler(seed=7, cfg=2.0).inputs,
-                "model": link("lora"),
-                "positive": link("prompt"),
-                "negative": link("empty"),
-                "latent": link("latent"),
-            },
-        ),
-        "vae": Node("SVDQuantDemoVAE", 2, 560, 60),
-        "decode": Node("VAEDecode", 3, 0, 80, {"samples": link("sample"), "vae": link("vae")}),
-        "enlarge": Node(
-            "ImageScaleBy",
-            3,
-            160,
-            110,
-            {"image": link("decode"), "upscale_method": "nearest-exact", "scale_by": 8.0},
-        ),
-        "save": Node(
-            "SaveImage", 3, 350, 420, {"images": link("enlarge"), "filename_prefix": "svdquant-demo"}
-        ),
-    }
-
-
-def flux_dev() -> dict[str, Node]:
-    """FLUX.1-dev text to image with the published int4 checkpoint."""
-    model = "svdq-int4_r32-flux.1-dev.safetensors"
-    encoders = f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main"
-    return {
-        "model": Node(
-            "SVDQuantLoadModel",
-            0,
-            0,
-            110,
-            {"model_name": model},
-            "fp4 instead of int4 on RTX 50",
-            ((model, f"{HUB}/nunchaku-tech/nunchaku-flux.1-dev/resolve/main/{model}", "diffusion_models"),),
-        ),
-        "clip": Node(
-            "DualCLIPLoader",
-            0,
-            200,
-            180,
-            {
-                "clip_name1": "clip_l.safetensors",
-                "clip_name2": "t5xxl_fp8_e4m3fn.safetensors",
-                "type": "flux",
-                "device": "default",
-            },
-            models=tuple(
-                (name, f"{encoders}/{name}", "text_encoders")
-                for name in ("clip_l.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
-            ),
-        ),
-        "vae": Node(
-            "VAELoader",
-            0,
-            470,
-            80,
-            {"vae_name": "ae.safetensors"},
-            models=(
-                (
-                    "ae.safetensors",
-                    f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",
-                    "vae",
-                ),
-            ),
-        ),
-        "prompt": Node(
-            "CLIPTextEncode",
-            1,
-            200,
-            200,
-            {"clip": link("clip"), "text": "a lighthouse on a cliff at dawn, long exposure, film grain"},
-            "Prompt",
-        ),
-        "latent": Node(
-            "EmptySD3LatentImage", 1, 480, 140, {"width": 1024, "height": 1024, "batch_size": 1}, "Image size"
-        ),
-        "sample": Node(
-            "SVDQuantSample",
-            2,
-            0,
-            480,
-            {**_sampler(seed=42, steps=28).inputs, "positive": link("prompt"), "latent": link("latent")},
-        ),
-        "decode": Node("VAEDecode", 3, 0, 80, {"samples": link("sample"), "vae": link("vae")}),
-        "save": Node(
-            "SaveImage", 3, 160, 420, {"images": link("decode"), "filename_prefix": "svdquant-flux"}
-        ),
-    }
-
-
-def flux_dev_lora() -> dict[str, Node]:
-    """FLUX.1-dev with a LoRA in the low-rank branch."""
-    name = "realism_lora_comfy_converted.safetensors"
-    nodes = flux_dev()
-    nodes["lora"] = Node(
-        "SVDQuantApplyLora",
-        1,
-        -80,
-        200,
-        {"model": link("model"), "lora_name": name, "strength": 0.8, "more": "0"},
-        models=((name, f"{HUB}/XLabs-AI/flux-lora-collection/resolve/main/{name}", "loras"),),
+def _settings(**changes: Any) -> dict[str, Any]:
+    return (
+        dict(seed=0, steps=20, cfg=1.0, guidance=3.5, sampler="euler", scheduler="simple", denoise=1.0)
+        | changes
     )
-    nodes["sample"].inputs["model"] = link("lora")
+
+
+def demo() -> Graph:
+    """The tiny model that ships with the pack: runs anywhere, in a second."""
+    star = "a big yellow star at the center on a navy background"
+    return {
+        "model": node("SVDQuantLoadModel", (0, 0, 110), model_name="svdquant-demo-int4.safetensors"),
+        "lora": node(
+            "SVDQuantApplyLora",
+            (1, 0, 200),
+            "Raise the strength to 1 to see the LoRA",
+            model=Link("model"),
+            lora_name="svdquant-demo-lora.safetensors",
+            strength=0.0,
+            more="0",
+        ),
+        "prompt": node("SVDQuantDemoPrompt", (1, 280, 160), "Prompt", text=star),
+        "empty": node("SVDQuantDemoPrompt", (1, 520, 160), "Negative (empty)", text=""),
+        "latent": node("EmptySD3LatentImage", (1, 760, 140), "64 x 64", width=64, height=64, batch_size=1),
+        "sample": node(
+            "SVDQuantSample",
+            (2, 0, 480),
+            model=Link("lora"),
+            positive=Link("prompt"),
+            negative=Link("empty"),
+            latent=Link("latent"),
+            **_settings(seed=7, cfg=2.0),
+        ),
+        "vae": node("SVDQuantDemoVAE", (2, 560, 60)),
+        "decode": node("VAEDecode", (3, 0, 80), samples=Link("sample"), vae=Link("vae")),
+        "enlarge": node(
+            "ImageScaleBy", (3, 160, 110), image=Link("decode"), upscale_method="nearest-exact", scale_by=8.0
+        ),
+        "save": node("SaveImage", (3, 350, 420), images=Link("enlarge"), filename_prefix="svdquant-demo"),
+    }
+
+
+FLUX = f"{HUB}/nunchaku-tech/nunchaku-flux.1-dev/resolve/main/svdq-int4_r32-flux.1-dev.safetensors"
+CLIP_L = f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors"
+T5 = f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp8_e4m3fn.safetensors"
+AE = f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors"
+LORA = f"{HUB}/XLabs-AI/flux-lora-collection/resolve/main/realism_lora_comfy_converted.safetensors"
+
+
+def _name(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+def _flux_files() -> Graph:
+    """The loaders of FLUX.1-dev, each with what the UI offers to download."""
+    return {
+        "model": node(
+            "SVDQuantLoadModel",
+            (0, 0, 110),
+            "4-bit model (fp4 on RTX 50)",
+            [(FLUX, "diffusion_models")],
+            model_name=_name(FLUX),
+        ),
+        "clip": node(
+            "DualCLIPLoader",
+            (0, 200, 180),
+            downloads=[(CLIP_L, "text_encoders"), (T5, "text_encoders")],
+            clip_name1=_name(CLIP_L),
+            clip_name2=_name(T5),
+            type="flux",
+            device="default",
+        ),
+        "vae": node("VAELoader", (0, 470, 80), downloads=[(AE, "vae")], vae_name=_name(AE)),
+    }
+
+
+def flux_dev() -> Graph:
+    """FLUX.1-dev text to image with the published int4 checkpoint."""
+    text = "a lighthouse on a cliff at dawn, long exposure, film grain"
+    return _flux_files() | {
+        "prompt": node("CLIPTextEncode", (1, 200, 200), "Prompt", clip=Link("clip"), text=text),
+        "latent": node("EmptySD3LatentImage", (1, 480, 140), "Size", width=1024, height=1024, batch_size=1),
+        "sample": node(
+            "SVDQuantSample",
+            (2, 0, 480),
+            model=Link("model"),
+            positive=Link("prompt"),
+            latent=Link("latent"),
+            **_settings(seed=42, steps=28),
+        ),
+        "decode": node("VAEDecode", (3, 0, 80), samples=Link("sample"), vae=Link("vae")),
+        "save": node("SaveImage", (3, 160, 420), images=Link("decode"), filename_prefix="svdquant-flux"),
+    }
+
+
+def flux_dev_lora() -> Graph:
+    """FLUX.1-dev with a LoRA in the low-rank branch."""
+    nodes = flux_dev()
+    nodes["lora"] = node(
+        "SVDQuantApplyLora",
+        (1, -80, 200),
+        downloads=[(LORA, "loras")],
+        model=Link("model"),
+        lora_name=_name(LORA),
+        strength=0.8,
+        more="0",
+    )
+    nodes["sample"].inputs["model"] = Link("lora")
     return nodes
 
 
 GRAPHS = {"demo": demo, "flux1-dev": flux_dev, "flux1-dev-lora": flux_dev_lora}
 
 
-def api_form(nodes: dict[str, Node]) -> dict[str, Any]:
+def api_form(nodes: Graph) -> dict[str, Any]:
     """What POST /prompt takes."""
     number = {name: str(i + 1) for i, name in enumerate(nodes)}
     return {
         number[name]: {
             "class_type": node.type,
             "inputs": {
-                key: [number[value[0]], value[1]] if isinstance(value, tuple) else value
+                key: [number[value.name], value.output] if isinstance(value, Link) else value
                 for key, value in node.inputs.items()
             },
             "_meta": {"title": node.title or node.type},
@@ -212,7 +184,7 @@ def api_form(nodes: dict[str, Node]) -> dict[str, Any]:
     }
 
 
-def ui_form(nodes: dict[str, Node], info: dict[str, Any]) -> dict[str, Any]:
+def ui_form(nodes: Graph, info: dict[str, Any]) -> dict[str, Any]:
     """What the web UI opens: nodes with places, sockets and widget values by position; links by number."""
     number = {name: i + 1 for i, name in enumerate(nodes)}
     drawn = {name: _draw(number[name], order, node, info) for order, (name, node) in enumerate(nodes.items())}
@@ -220,10 +192,12 @@ def ui_form(nodes: dict[str, Node], info: dict[str, Any]) -> dict[str, Any]:
     for name, node in nodes.items():
         for slot, socket in enumerate(drawn[name]["inputs"]):
             source = node.inputs.get(socket["name"])
-            if not isinstance(source, tuple):
+            if not isinstance(source, Link):
                 continue
-            output = drawn[source[0]]["outputs"][source[1]]
-            links.append([len(links) + 1, number[source[0]], source[1], number[name], slot, output["type"]])
+            output = drawn[source.name]["outputs"][source.output]
+            links.append(
+                [len(links) + 1, number[source.name], source.output, number[name], slot, output["type"]]
+            )
             socket["link"] = len(links)
             output["links"].append(len(links))
     return {
@@ -243,13 +217,14 @@ def _draw(number: int, order: int, node: Node, info: dict[str, Any]) -> dict[str
     fields = {**signature["input"].get("required", {}), **signature["input"].get("optional", {})}
     sockets = [(key, spec) for key, spec in fields.items() if not _is_widget(spec)]
     properties: dict[str, Any] = {"Node name for S&R": node.type}
-    if node.models:
-        properties["models"] = [dict(name=n, url=u, directory=d) for n, u, d in node.models]
+    if node.downloads:
+        properties["models"] = [dict(name=_name(url), url=url, directory=d) for url, d in node.downloads]
+    column, top, height = node.place
     return {
         "id": number,
         "type": node.type,
-        "pos": [40 + node.column * COLUMN, 120 + node.top],
-        "size": [WIDTH, node.height],
+        "pos": [40 + column * COLUMN, 120 + top],
+        "size": [WIDTH, height],
         "flags": {},
         "order": order,
         "mode": 0,
