@@ -10,7 +10,7 @@ which `clone()` copies along, keep the layers' `branches` equal to what the patc
   ON_CLEANUP        back to the base after sampling
   ON_DETACH         nothing, so that no LoRA stays on the device; but a clone that merely dies or gives way to
                     another clone of the loaded model (unpatch_all is False) must not touch that one's branches
-  ON_CLONE          the clone, too, skips merging into quantized weights
+  ON_CLONE          the clone is shadowed too (patcher.py)
 
 A plain LoRA joins exactly, as a pair. Everything else (LoHa, LoKr, DoRA, OFT, full differences, a scaled base) is
 applied by the host's own arithmetic to the dequantized weight, and the difference joins as a dense branch: exact too,
@@ -25,7 +25,6 @@ from collections.abc import Mapping, Sequence
 
 import comfy.lora
 import comfy.model_management
-import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy.weight_adapter import LoRAAdapter
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from ..core.linear import Branch
 from .operations import QuantizedLinear, quantized_linears
+from .patcher import shadow
 
 KEY = "svdquant"
 log = logging.getLogger("svdquant-nodes")
@@ -51,10 +51,10 @@ def attach(patcher) -> None:
             CallbacksMP.ON_DETACH,
             lambda patcher, unpatch_all: clear_branches(patcher) if unpatch_all else None,
         ),
-        (CallbacksMP.ON_CLONE, lambda _, clone: skip_merging(clone)),
+        (CallbacksMP.ON_CLONE, lambda _, clone: shadow(clone)),
     ):
         patcher.add_callback_with_key(event, KEY, callback)
-    skip_merging(patcher)
+    shadow(patcher)
 
 
 def set_branches(patcher, hooks=None) -> None:
@@ -154,35 +154,3 @@ def _dense_branch(layer: QuantizedLinear, key: str, patches: Sequence[Patch], de
     dtype = comfy.model_management.lora_compute_dtype(device)
     rows, columns = _slices(None, tuple(base.shape))
     return Branch((patched - base).to(dtype), None, 1.0, rows, columns)
-
-
-def skip_merging(patcher) -> None:
-    """Spare this patcher the host's merge into quantized weights, whose result would be thrown away.
-
-    The host would dequantize, multiply and drop the result once per patched layer and LoRA change. The two methods
-    are shadowed on the instance, never on the class, and hold the patcher weakly, as it must be freed by count.
-    """
-    this = weakref.ref(patcher)
-
-    def patch_weight_to_device(key, device_to=None, inplace_update=False, return_weight=False, **kwargs):
-        host, wanted = this(), return_weight or kwargs.get("force_cast")
-        if not wanted and _is_quantized(host.model, key):
-            return None
-        return type(host).patch_weight_to_device(
-            host, key, device_to, inplace_update, return_weight, **kwargs
-        )
-
-    def patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs):
-        if not _is_quantized(this().model, key):
-            type(this()).patch_hook_weight_to_device(this(), hooks, combined_patches, key, *args, **kwargs)
-
-    patcher.patch_weight_to_device = patch_weight_to_device
-    patcher.patch_hook_weight_to_device = patch_hook_weight_to_device
-
-
-def _is_quantized(model: torch.nn.Module, key: str) -> bool:
-    path, _, name = key.rpartition(".")
-    if name != "weight" or not path:
-        return False
-    layer = comfy.utils.get_attr(model, path)
-    return isinstance(layer, QuantizedLinear) and layer.quantized

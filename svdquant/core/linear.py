@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .weights import LinearWeights
 
+FP16_MAX = 65504.0
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -75,6 +77,7 @@ def linear(x: Tensor, weights: LinearWeights, ops: ModuleType) -> Tensor:
 def join(x: Tensor, parts: Sequence[Part], ops: ModuleType) -> Tensor:
     """A layer made of parts: parts below each other are laid side by side, parts beside each other are summed.
 
+    parts    either all below each other or all beside each other, in order and without gaps, as `assemble` makes them
     x        [M, K]   fp32 | bf16 | fp16
     returns  [M, N]   fp32
     """
@@ -110,4 +113,6 @@ def forward(
     y = add_branches(join(flat, parts, ops), flat, branches)
     if bias is not None:
         y = y + bias.float()
+    if x.dtype == torch.float16:  # the published kernels saturate too: infinity would blacken the whole image
+        y = y.clamp(-FP16_MAX, FP16_MAX)
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])

@@ -180,3 +180,10 @@ def test_runs_in_inference_mode():
     with torch.inference_mode():
         inside = linear.forward(x, parts, None, [branch(ALL, ALL, 128, 128)], reference)
     assert torch.equal(inside, linear.forward(x, parts, None, [branch(ALL, ALL, 128, 128)], reference))
+
+
+def test_fp16_saturates_instead_of_overflowing():
+    weights = part("int4", 64, 64, dtype=torch.float16)
+    bias = torch.full((64,), 1e6)
+    y = linear.forward(torch.ones(2, 64, dtype=torch.float16), [weights], bias, (), reference)
+    assert torch.equal(y, torch.full_like(y, 65504.0))

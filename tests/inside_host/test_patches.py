@@ -105,3 +105,12 @@ def test_compiled_as_the_host_compiles(quantized):
     ]
     set_torch_compile_wrapper(compiled, backend="eager", keys=blocks)
     assert_close(sample(compiled), sample(quantized), "host_twin")
+
+
+def test_saving_is_refused_in_words(quantized, tmp_path):
+    import comfy.sd
+
+    for model in (quantized, quantized.clone()):
+        with pytest.raises(ValueError, match=r"cannot be saved by ComfyUI's save nodes.*convert"):
+            comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), model)
+    assert list(tmp_path.iterdir()) == []
