@@ -1,0 +1,58 @@
+"""The op set without activation quantization: 4-bit weights, activations as they come.
+
+For devices that have no 4-bit kernel. Rounding activations there would cost time and accuracy and win nothing: the
+weight is dequantized either way and multiplied at the device's own 16-bit rate. The names and arguments are those of
+`reference`; what `quantize_*` hands to `gemm_*` is the activation itself.
+
+Products are 16-bit with the device's own (fp32) accumulation where x is 16-bit, fp32 where x is fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as matmul
+
+from . import reference
+from .weights import LinearWeights
+
+
+def _as_is(x: Tensor, down: Tensor) -> tuple[Tensor, None, Tensor]:
+    return x, None, matmul(x, down.to(x.dtype))
+
+
+def quantize_int4(x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, None, Tensor]:
+    """x itself, and the branch's hidden values [M, R] in x's dtype."""
+    return _as_is(x, down)
+
+
+def quantize_int4_unsigned(
+    x: Tensor, smooth: Tensor, down: Tensor, shift: float
+) -> tuple[Tensor, None, Tensor]:
+    """x + shift, because the stored bias is made for it; hidden values of x without the shift."""
+    _, _, hidden = _as_is(x, down)
+    return x + shift, None, hidden
+
+
+def quantize_nvfp4(x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, None, Tensor]:
+    """x itself, and the branch's hidden values [M, R] in x's dtype."""
+    return _as_is(x, down)
+
+
+def _gemm(x: Tensor, scales: None, hidden: Tensor, weights: LinearWeights) -> Tensor:
+    """x @ (codes * scales / smooth).T + hidden @ up.T + bias: [M, K] -> [M, N] in x's dtype.
+
+    `smooth` divides the weight here, since x was not divided by it.
+    """
+    bias = None if weights.bias is None else weights.bias.to(x.dtype)
+    y = matmul(x, reference.residual(weights).to(x.dtype), bias)
+    return torch.addmm(y, hidden, weights.up.to(x.dtype).T)
+
+
+gemm_int4 = gemm_nvfp4 = _gemm
+
+
+def gemv_awq(x: Tensor, weights: LinearWeights) -> Tensor:
+    """W4A16 product with the bias: [M, K] -> [M, N] in x's dtype."""
+    bias = None if weights.bias is None else weights.bias.to(x.dtype)
+    return matmul(x, reference.dequantize(weights).to(x.dtype), bias)
