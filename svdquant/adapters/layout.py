@@ -80,7 +80,7 @@ def pack(parts: Sequence[Part], dtype: torch.dtype) -> QuantizedTensor:
             fields.append(Field(name, tensor.dtype, tuple(tensor.shape), offset))
             offset += -(-fields[-1].nbytes // ALIGNMENT) * ALIGNMENT
         entries.append(Entry(part.weights.spec, part.row, part.column, tuple(fields)))
-    buffer = torch.zeros(offset, dtype=torch.uint8)
+    buffer = torch.empty(offset, dtype=torch.uint8)  # the gaps between fields are never read
     for part, entry in zip(parts, entries, strict=True):
         for field, tensor in zip(entry.fields, part.weights.tensors().values(), strict=True):
             _view(buffer, field).copy_(tensor)

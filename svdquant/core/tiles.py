@@ -129,14 +129,14 @@ def untile_up(stored: Tensor) -> Tensor:
 
 def _exchange(low: Tensor, high: Tensor, bits: int, mask: int) -> tuple[Tensor, Tensor]:
     """Swap the fields of `low` that lie `bits` above `mask` with the fields of `high` under `mask`."""
-    changed = ((low >> bits) ^ high) & mask
-    return low ^ (changed << bits), high ^ changed
+    changed = (low >> bits).bitwise_xor_(high).bitwise_and_(mask)
+    return low ^ (changed << bits), changed.bitwise_xor_(high)
 
 
 def _pair_columns(word: Tensor) -> Tensor:
     """Swap nibbles 1, 3 of a word with its nibbles 4, 6: columns k and k + 1 come into one byte. Its own inverse."""
-    changed = ((word >> 4) ^ (word >> 16)) & 0x0F0F
-    return word ^ (changed << 4) ^ (changed << 16)
+    changed = (word >> 4).bitwise_xor_(word >> 16).bitwise_and_(0x0F0F)
+    return (changed << 4).bitwise_xor_(changed << 16).bitwise_xor_(word)
 
 
 def _transpose_bytes(words: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -153,7 +153,7 @@ def tile_awq_codes(packed: Tensor) -> Tensor:
     P7 keeps columns k, k+8, k+16, k+24 in one int16: in every 32 columns, an 8x4 transpose of nibbles.
     """
     n, half = packed.shape
-    words = _tile(_words(packed), _P7).reshape(-1, 4).unbind(-1)
+    words = _tile(_words(packed), _P7).reshape(-1, 4).T.contiguous().unbind()
     stored = torch.stack([_pair_columns(word) for word in _transpose_bytes(words)], dim=-1)
     return stored.view(torch.int16).reshape(n // 4, half * 2)
 
@@ -162,7 +162,8 @@ def untile_awq_codes(stored: Tensor) -> Tensor:
     """P7 back: stored int16 [N/4, K] or int32 [N/4, K/2] -> natural [N, K/2] uint8."""
     bytes_ = stored.contiguous().view(torch.uint8)
     nt, kt = bytes_.shape[0], bytes_.shape[1] // 128
-    words = tuple(_pair_columns(word) for word in _words(bytes_).reshape(-1, 4).unbind(-1))
+    planes = _words(bytes_).reshape(-1, 4).T.contiguous()
+    words = tuple(_pair_columns(word) for word in planes)
     return _natural(torch.stack(_transpose_bytes(words), dim=-1), _P7, nt=nt, kt=kt).view(torch.uint8)
 
 
