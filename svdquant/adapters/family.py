@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,16 +27,18 @@ class Role:
     splits        modulation chunks: rows are interleaved and the scale chunks' bias holds a folded +1; 0 if none
     out_features  true sizes below the padding, None where the stored ones are true
     in_features
+    share         (i, n): the host layer takes the i-th of n equal shares of the rows; None for all of them
     """
 
     act_shift: float = 0.0
     splits: int = 0
     out_features: int | None = None
     in_features: int | None = None
+    share: tuple[int, int] | None = None
 
 
 def apply_role(weights: LinearWeights, role: Role) -> LinearWeights:
-    """Crop padding and mark unsigned activations; modulation rows stay as stored (see `straighten`)."""
+    """Crop padding and mark unsigned activations; rows stay as stored (see `straighten` and `take_share`)."""
     if role.out_features or role.in_features:
         n, k = role.out_features or weights.out_features, role.in_features or weights.in_features
         weights = weights.crop(n, k)
@@ -58,6 +61,13 @@ def straighten(weights: LinearWeights, splits: int) -> LinearWeights:
     return replace(straight, bias=bias.reshape(-1))
 
 
+def take_share(weights: LinearWeights, share: tuple[int, int]) -> LinearWeights:
+    """The i-th of n equal shares of a fused linear's rows, for a host that keeps them apart: share = (i, n)."""
+    which, count = share
+    height = weights.out_features // count
+    return weights.rows(slice(which * height, (which + 1) * height))
+
+
 @dataclass(frozen=True)
 class Stored:
     """A stored linear by its name pattern, and its role."""
@@ -77,11 +87,35 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plain:
-    """A 16-bit tensor under another name; `change` rewrites it where the conventions differ."""
+    """A 16-bit tensor under another name, or several that the host keeps as one, by rows.
 
-    stored: str
+    `change` rewrites it where the conventions differ.
+    """
+
+    stored: str | tuple[str, ...]
     host: str
     change: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.stored,) if isinstance(self.stored, str) else self.stored
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a host's 16-bit tensor comes from: stored names, joined by rows, then changed."""
+
+    names: tuple[str, ...]
+    change: Callable[[Tensor], Tensor] | None = None
+
+    def read(self, plain: Mapping[str, Tensor]) -> Tensor:
+        """A tensor of its own, no view of the file."""
+        tensor = (
+            plain[self.names[0]].clone()
+            if len(self.names) == 1
+            else torch.cat([plain[n] for n in self.names])
+        )
+        return self.change(tensor).contiguous() if self.change else tensor
 
 
 @dataclass(frozen=True)
@@ -90,7 +124,7 @@ class Mapped:
 
     linears: Mapping[str, tuple[tuple[str, Role], ...]]
     axes: Mapping[str, str]
-    plain: Mapping[str, tuple[str, Callable[[Tensor], Tensor] | None]]
+    plain: Mapping[str, Source]
     left_over: tuple[str, ...]
 
 
@@ -102,6 +136,7 @@ class Family:
     marker   regular expression that a stored layer name of this family, and no other, matches
     layers   host linears made of quantized ones
     plain    tensors that stay 16-bit
+    same     regular expression of 16-bit tensors whose stored name is the host's
     sizes    optional: checkpoint -> {stored pattern: (out_features, in_features)} where padding hides the true ones
     """
 
@@ -109,6 +144,7 @@ class Family:
     marker: str
     layers: tuple[Layer, ...]
     plain: tuple[Plain, ...] = ()
+    same: str = ""
     sizes: Callable[[object], Mapping[str, tuple[int, int]]] | None = field(default=None, compare=False)
 
     def matches(self, checkpoint) -> bool:
@@ -116,9 +152,10 @@ class Family:
         return any(re.fullmatch(self.marker, name) for name in checkpoint.info)
 
     def roles(self, checkpoint) -> dict[str, Role]:
-        """The role of every stored layer the table knows: {stored name: Role}."""
+        """The role of every stored layer the table knows, as a whole: {stored name: Role}."""
         mapped = self.map_names(checkpoint)
-        return {name: role for pieces in mapped.linears.values() for name, role in pieces}
+        pieces = (piece for pieces in mapped.linears.values() for piece in pieces)
+        return {name: replace(role, share=None) for name, role in pieces}
 
     def map_names(self, checkpoint) -> Mapped:
         """Every stored name on a host name; what the table does not know is left over.
@@ -128,26 +165,25 @@ class Family:
         names, sizes = set(checkpoint.info), dict(self.sizes(checkpoint)) if self.sizes else {}
         linears, axes = {}, {}
         for layer in self.layers:
-            for index in _indices(names, layer):
+            for index in _indices(names, [s.name for option in layer.options for s in option]):
                 pieces = _complete_option(names, layer, index)
                 if pieces:
                     host = layer.host.format(*index)
                     linears[host] = tuple((s.name.format(*index), _sized(s, sizes)) for s in pieces)
                     axes[host] = layer.axis
-        plain, unknown = self._map_plain(checkpoint.plain_info)
+        plain = self._map_plain(set(checkpoint.plain_info))
         used = {name for pieces in linears.values() for name, _ in pieces}
-        return Mapped(linears, axes, plain, tuple(sorted((names - used) | unknown)))
+        used |= {name for source in plain.values() for name in source.names}
+        return Mapped(linears, axes, plain, tuple(sorted((names | set(checkpoint.plain_info)) - used)))
 
-    def _map_plain(self, names: Iterable[str]):
-        plain, unknown = {}, set()
-        for name in names:
-            entry = next((p for p in self.plain if _pattern(p.stored).fullmatch(name)), None)
-            if entry is None:
-                unknown.add(name)
-            else:
-                index = _pattern(entry.stored).fullmatch(name).groups()
-                plain[entry.host.format(*index)] = (name, entry.change)
-        return plain, unknown
+    def _map_plain(self, names: set[str]) -> dict[str, Source]:
+        plain = {name: Source((name,)) for name in sorted(names) if re.fullmatch(self.same, name)}
+        for entry in self.plain:
+            for index in _indices(names, entry.names):
+                stored = tuple(name.format(*index) for name in entry.names)
+                if names.issuperset(stored):
+                    plain[entry.host.format(*index)] = Source(stored, entry.change)
+        return plain
 
 
 def assemble(pieces: Iterable[LinearWeights], axis: str) -> tuple[tuple[Part, ...], Tensor | None]:
@@ -180,22 +216,30 @@ def unsigned(name: str) -> Stored:
     return Stored(name, Role(act_shift=GELU_SHIFT))
 
 
+def shares(name: str, count: int, **role) -> tuple[tuple[tuple[Stored, ...], ...], ...]:
+    """A fused linear as options of `count` host layers: the i-th takes the i-th share of its rows."""
+    return tuple(((Stored(name, Role(share=(i, count), **role)),),) for i in range(count))
+
+
 def modulation(name: str, splits: int) -> Stored:
     """An AdaLN linear of `splits` chunks, stored interleaved with the +1 folded in."""
     return Stored(name, Role(splits=splits))
 
 
+@cache
 def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(r"\{\}", r"(\d+)"))
 
 
-def _indices(names: set[str], layer: Layer) -> list[tuple[str, ...]]:
-    """Block indices at which any piece of any option occurs."""
+def _indices(names: set[str], templates: Iterable[str]) -> list[tuple[str, ...]]:
+    """Block indices at which any of the patterns occurs."""
     found = set()
-    for option in layer.options:
-        for stored in option:
-            matches = map(_pattern(stored.name).fullmatch, names)
-            found |= {m.groups() for m in matches if m}
+    for template in templates:
+        if "{}" not in template:
+            found |= {()} if template in names else set()
+            continue
+        matches = map(_pattern(template).fullmatch, names)
+        found |= {m.groups() for m in matches if m}
     return sorted(found, key=lambda index: [int(i) for i in index])
 
 

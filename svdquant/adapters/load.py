@@ -16,9 +16,10 @@ from torch import Tensor
 from ...loaders.checkpoint import Checkpoint
 from ...loaders.detect import open_checkpoint
 from ..core import reference
+from ..core.weights import LinearWeights
 from . import branches, layout
-from .families import Family, Mapped, apply_role, resolve
-from .family import assemble, straighten
+from .families import Family, Mapped, Role, apply_role, resolve
+from .family import assemble, straighten, take_share
 from .operations import make_operations, quantized_linears
 
 log = logging.getLogger("svdquant-nodes")
@@ -69,23 +70,30 @@ def _family_of(checkpoint: Checkpoint) -> Family:
 def make_state_dict(checkpoint: Checkpoint, mapped: Mapped, advance: Callable[[], None]) -> dict[str, Tensor]:
     """The host's state dict: quantized tensors for the linears, 16-bit tensors for the rest, layer by layer."""
     layout.register()
-    state_dict: dict[str, Tensor] = {}
+    reader, state_dict = _Reader(checkpoint), {}
     for host, pieces in mapped.linears.items():
-        stored = [_read(checkpoint, name, role) for name, role in pieces]
+        stored = [reader.read(name, role) for name, role in pieces]
         parts, bias = assemble(stored, mapped.axes[host])
         state_dict[f"{host}.weight"] = layout.pack(parts, _dtype(checkpoint))
         if bias is not None:
             state_dict[f"{host}.bias"] = bias.clone()
         advance()
-    for host, (name, change) in mapped.plain.items():
-        tensor = checkpoint.plain[name]
-        state_dict[host] = change(tensor) if change else tensor.clone()
+    for host, source in mapped.plain.items():
+        state_dict[host] = source.read(checkpoint.plain)
     return state_dict
 
 
-def _read(checkpoint: Checkpoint, name: str, role):
-    weights = apply_role(checkpoint.layers[name], role)
-    return straighten(weights, role.splits) if role.splits else weights
+class _Reader:
+    """Decodes stored linears by role; keeps the last one, because a fused one serves several host layers in a row."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._name = checkpoint, ""
+
+    def read(self, name: str, role: Role) -> LinearWeights:
+        if name != self._name:
+            self._name, self._weights = name, apply_role(self._checkpoint.layers[name], role)
+        weights = straighten(self._weights, role.splits) if role.splits else self._weights
+        return take_share(weights, role.share) if role.share else weights
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 
 from svdquant_nodes.svdquant.adapters import families
 from svdquant_nodes.svdquant.adapters.families import flux, native
-from svdquant_nodes.svdquant.adapters.family import Role, apply_role, assemble, straighten
+from svdquant_nodes.svdquant.adapters.family import Role, Source, apply_role, assemble, straighten
 from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.svdquant.core.weights import GELU_SHIFT
 from svdquant_nodes.tests.layers import random_linear
@@ -129,7 +129,7 @@ def test_the_hosts_own_names_are_native():
     assert families.resolve(made) is native.FAMILY
     mapped = native.FAMILY.map_names(made)
     assert mapped.linears == {"double_blocks.0.img_mlp.0": (("double_blocks.0.img_mlp.0", Role()),)}
-    assert mapped.plain == {"img_in.weight": ("img_in.weight", None)}
+    assert mapped.plain == {"img_in.weight": Source(("img_in.weight",))}
 
 
 def test_no_family():

@@ -41,9 +41,8 @@ def load(path: Path, model: Flux) -> Flux:
     """A copy of the 16-bit model with every tensor of a 4-bit file in its place."""
     checkpoint, model = open_checkpoint(path), copy.deepcopy(model)
     mapped = family.FAMILY.map_names(checkpoint)
-    for host, (name, change) in mapped.plain.items():
-        tensor = checkpoint.plain[name]
-        model.get_parameter(host).copy_(change(tensor) if change else tensor)
+    for host, source in mapped.plain.items():
+        model.get_parameter(host).copy_(source.read(checkpoint.plain))
     for host, pieces in mapped.linears.items():
         stored = [read_linear(checkpoint, name, role) for name, role in pieces]
         parent, _, child = host.rpartition(".")

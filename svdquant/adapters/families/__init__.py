@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..family import Family, Mapped, Role, apply_role
-from . import flux, native
+from . import flux, native, qwen_image, sdxl, z_image
 
-FAMILIES: tuple[Family, ...] = (flux.FAMILY, native.FAMILY)
+# The host's own names come last: their marker is the broadest.
+FAMILIES: tuple[Family, ...] = (flux.FAMILY, qwen_image.FAMILY, z_image.FAMILY, sdxl.FAMILY, native.FAMILY)
 
 __all__ = ["FAMILIES", "Family", "Mapped", "Role", "apply_role", "resolve"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..family import Family, Mapped, Role
+from ..family import Family, Mapped, Role, Source
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Native(Family):
         return Mapped(
             linears={name: ((name, Role()),) for name in checkpoint.info},
             axes=dict.fromkeys(checkpoint.info, "rows"),
-            plain={name: (name, None) for name in checkpoint.plain_info},
+            plain={name: Source((name,)) for name in checkpoint.plain_info},
             left_over=(),
         )
 
