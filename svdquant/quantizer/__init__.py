@@ -1,0 +1,13 @@
+"""A 16-bit linear becomes a 4-bit one: what a file may hold is fixed, how well it is filled is decided here.
+
+task.py       what is to be quantized, and how far it has come
+rounding.py   group scales, and values on the 4-bit grid
+branch.py     the strongest low-rank part of a matrix
+smoothing.py  search and learn the smoothing vector
+moments.py    second moments of the inputs before and after rounding
+gptq.py       round column by column, each repairing the error of those before
+refit.py      the best branch and bias for codes that are already chosen
+recipes.py    instant, fast, best and the paper's own, as lists of the steps above
+statistics.py rows, means and extremes of every linear's inputs, gathered while a model runs
+stream.py     a whole checkpoint, one layer in memory at a time
+"""
