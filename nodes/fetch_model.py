@@ -8,6 +8,7 @@ from ..loaders import hub
 from ..svdquant.adapters import folders
 
 OTHER = "other (name it below)"
+LOADABLE = [name for name, entry in hub.PUBLISHED.items() if entry.folder == folders.MODELS]
 
 
 class SVDQuantFetchModel(io.ComfyNode):
@@ -27,8 +28,8 @@ class SVDQuantFetchModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=[*hub.PUBLISHED, OTHER],
-                    tooltip="int4 runs on every GPU and the CPU; fp4 is fastest on RTX 50.",
+                    options=[*LOADABLE, OTHER],
+                    tooltip="A published checkpoint; int4 and fp4 both run on any device.",
                 ),
                 io.String.Input(
                     "source",
@@ -43,6 +44,10 @@ class SVDQuantFetchModel(io.ComfyNode):
     @classmethod
     def execute(cls, model: str, source: str = "") -> io.NodeOutput:
         wanted = source.strip() if model == OTHER else model
+        if not wanted:
+            raise ValueError(
+                f"SVDQuant Fetch Model: {OTHER!r} needs a source. Write owner/repository/file.safetensors."
+            )
         kind = hub.PUBLISHED[model].folder if model in hub.PUBLISHED else folders.MODELS
-        path = hub.fetch(wanted, folders.first(kind), progress=folders.show_progress())
+        path = hub.fetch(wanted, folders.download_folder(kind), progress=folders.show_progress())
         return io.NodeOutput(str(path), ui=ui.PreviewText(f"{path.name} is in {path.parent}"))

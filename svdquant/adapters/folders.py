@@ -39,9 +39,10 @@ def find(kind: str, name: str) -> Path:
     return Path(path)
 
 
-def first(kind: str) -> Path:
-    """The host's own folder for a kind of model, where downloads go."""
-    return Path(folder_paths.get_folder_paths(kind)[0])
+def download_folder(kind: str) -> Path:
+    """Where a downloaded model of this kind belongs: the host's folder of that name, if it has one."""
+    paths = [Path(path) for path in folder_paths.get_folder_paths(kind)]
+    return next((path for path in paths if path.name == kind), paths[0])
 
 
 def show_progress() -> Callable[[int, int], None]:
