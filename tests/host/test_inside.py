@@ -8,21 +8,21 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from svdquant_nodes.tools.pack import ROOT
+
 SUITE = ROOT / "tests" / "inside_host"
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", sorted(path.name for path in SUITE.glob("test_*.py")))
-def test_inside(host, name, record_property):
+@pytest.mark.timeout(1500)
+def test_inside(host, capsys):
     environment = {**os.environ, "SVDQUANT_INSIDE_TREE": str(host.tree), "OMP_NUM_THREADS": "1"}
-    command = [str(host.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUITE / name)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=850)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", done.stdout).group(1))
-    record_property("passed", passed)
-    print(f"{name}: {passed} passed inside ComfyUI {host.version}")
+    command = [str(host.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUITE)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1400)
+    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "no output"
+    assert done.returncode == 0, done.stdout[-12000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", summary).group(1)) >= 60, "some files were not collected"
+    with capsys.disabled():
+        print(f"\ninside ComfyUI {host.version}: {summary}")
