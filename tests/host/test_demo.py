@@ -195,3 +195,21 @@ def test_guidance_without_a_negative_says_what_to_do(comfy):
         PromptFailed, match=r"cfg 2 needs a negative conditioning. Connect one or set cfg to 1"
     ):
         comfy.client.run(prompt)
+
+
+def test_a_workflow_made_for_comfyui_nunchaku_runs(comfy, drawing):
+    """Its loader is not installed here; the host puts ours in its place."""
+    prompt = demo(SaveImage={"filename_prefix": "replaced"})
+    prompt[NODE["SVDQuantLoadModel"]] = {
+        "class_type": "NunchakuFluxDiTLoader",
+        "inputs": {
+            "model_path": INT4.name,
+            "cache_threshold": 0,
+            "attention": "nunchaku-fp16",
+            "cpu_offload": "auto",
+            "device_id": 0,
+            "data_type": "bfloat16",
+        },
+        "_meta": {"title": "Nunchaku FLUX DiT Loader"},
+    }
+    assert psnr(picture(comfy, prompt), drawing) == math.inf

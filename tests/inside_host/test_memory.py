@@ -7,7 +7,9 @@ import comfy.model_patcher
 import pytest
 import torch
 
+from svdquant_nodes.svdquant.adapters import layout
 from svdquant_nodes.svdquant.adapters.operations import quantized_linears
+from svdquant_nodes.svdquant.core import linear, reference
 from svdquant_nodes.tests.inside_host import loras
 from svdquant_nodes.tests.inside_host.twins import sample
 from svdquant_nodes.tests.tolerances import assert_close
@@ -95,3 +97,20 @@ def test_non_dynamic_delegate_can_be_rebuilt(quantized):
     rebuilt = build(*arguments, disable_dynamic=True)
     assert type(rebuilt) is comfy.model_patcher.ModelPatcher
     assert torch.equal(sample(rebuilt), sample(quantized))
+
+
+def test_a_layer_streams_through_the_hosts_gathered_buffer(quantized):
+    """How pinned memory, async offload and dynamic VRAM move a layer: weight and bias into one flat buffer, and back."""
+    from comfy.memory_management import interpret_gathered_like, vram_aligned_size
+    from comfy.model_management import cast_to_gathered
+
+    for key, layer in quantized_linears(quantized.model):
+        tensors = [layer.weight, layer.bias]
+        buffer = torch.full((vram_aligned_size(tensors),), 0xAB, dtype=torch.uint8)
+        cast_to_gathered(tensors, buffer)
+        weight, bias = interpret_gathered_like(tensors, buffer)
+        assert torch.equal(weight._qdata, layer.weight._qdata), key
+        assert torch.equal(bias, layer.bias)
+        parts = layout.unpack(weight._qdata, weight._params)
+        x = torch.randn(3, layer.in_features)
+        assert torch.equal(linear.forward(x, parts, bias, (), reference), layer(x)), key
