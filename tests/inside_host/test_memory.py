@@ -100,7 +100,7 @@ def test_non_dynamic_delegate_can_be_rebuilt(quantized):
 
 
 def test_a_layer_streams_through_the_hosts_gathered_buffer(quantized):
-    """How pinned memory, async offload and dynamic VRAM move a layer: weight and bias into one flat buffer, and back."""
+    """How pinning, async offload and dynamic VRAM move a layer: weight and bias into one flat buffer, and back."""
     from comfy.memory_management import interpret_gathered_like, vram_aligned_size
     from comfy.model_management import cast_to_gathered
 
