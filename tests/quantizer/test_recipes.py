@@ -51,9 +51,16 @@ def test_the_frozen_linear_makes_the_error_that_was_reported(name, spec, centred
 
 def test_bias_of_unsigned_layers_is_stored_as_published_files_store_it():
     task = make_task(INT4_UNSIGNED)
-    made = freeze(run("instant", task))
+    made = freeze(run("svdquant", task))
     residual = task.weight.double() - made.up.double() @ made.down.double()
     assert_close(made.bias, task.bias.double() - residual.sum(1) * 0.171875, "bf16_output")
+
+
+def test_without_data_the_bias_is_that_of_the_codes():
+    task = make_task(INT4_UNSIGNED)
+    made = freeze(run("instant", task))
+    compensation = reference.residual(made).double().sum(1) * 0.171875
+    assert_close(made.bias, task.bias.double() - compensation, "bf16_output")
 
 
 def test_without_a_bias_none_is_invented():

@@ -1,0 +1,102 @@
+"""Quantize a 16-bit diffusion model to an SVDQuant checkpoint, one linear at a time; a run that was stopped goes on."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+from ...loaders.source import open_source
+from ...svdquant.adapters.plans import make_plan
+from ...svdquant.quantizer import recipes, statistics, stream
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SRC", help="a .safetensors file or a folder: bf16, fp16, fp32 or scaled fp8"
+    )
+    parser.add_argument("target", metavar="DST", type=Path, help="the .safetensors file to write")
+    parser.add_argument("--precision", choices=("int4", "nvfp4"), default="int4")
+    parser.add_argument(
+        "--rank", type=int, default=32, help="of the 16-bit branch, a multiple of 16 up to 256"
+    )
+    parser.add_argument("--recipe", choices=recipes.RECIPES, help="best with --stats, else instant")
+    parser.add_argument(
+        "--stats", type=Path, metavar="FILE", help="what SVDQuant Calibrate saved for this model"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument(
+        "--center",
+        action="store_true",
+        help="let biases take the mean out of inputs: a smaller error, but LoRAs see other inputs",
+    )
+    parser.add_argument(
+        "--layer",
+        action="append",
+        default=[],
+        metavar="PATTERN=PRECISION",
+        help="precision of the linears whose name matches: int4, nvfp4, awq or plain; may be repeated",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print only the summary")
+
+
+def main(args: argparse.Namespace) -> int:
+    began = time.monotonic()
+    overrides = tuple(parse_override(text) for text in args.layer)
+    source = open_source(args.source)
+    check_target(source.path, args.target)
+    samples = statistics.load(args.stats) if args.stats else None
+    plan = make_plan(
+        source, precision=args.precision, rank=args.rank, centred=args.center, overrides=overrides
+    )
+    for note in plan.source.notes:
+        print(f"note: {note}", file=sys.stderr)
+    settings = stream.Settings(args.recipe or ("best" if samples else "instant"), args.seed, args.device)
+    print(f"{source.path.name}: {plan.family}, {len(plan.jobs)} linears, recipe {settings.recipe}")
+    errors = stream.quantize(
+        plan.source,
+        plan.jobs,
+        args.target,
+        settings,
+        statistics=samples,
+        plain=plan.plain,
+        metadata=plan.metadata,
+        dialect=plan.dialect,
+        progress=None if args.quiet else show,
+    )
+    print(summary(args.target, errors, time.monotonic() - began, measured=samples is not None))
+    return 0
+
+
+def parse_override(text: str) -> tuple[str, str]:
+    pattern, equals, precision = text.rpartition("=")
+    if not equals or not pattern:
+        raise ValueError(f"--layer: expected PATTERN=PRECISION, got {text!r}.")
+    return pattern, precision
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Writing must not pull the source from under its own memory map."""
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"{target.name}: expected a new file, got the source itself. Name another file.")
+
+
+def show(name: str, done: int, total: int, error: float | None) -> None:
+    """One line a linear."""
+    told = "weights only" if error is None else f"error {100 * error:6.2f} %"
+    print(f"  {done:4}/{total}  {name:44} {told}", flush=True)
+
+
+def summary(target: Path, errors: dict[str, float], seconds: float, *, measured: bool) -> str:
+    """Size, time, mean and worst error."""
+    first = f"{target}: {target.stat().st_size / 2**20:.1f} MB in {seconds:.1f} s"
+    if not errors:
+        return first
+    what = "outputs on held-out tokens" if measured else "weights"
+    mean = sum(-20 * math.log10(max(e, 1e-9)) for e in errors.values()) / len(errors)
+    worst = sorted(errors, key=errors.get, reverse=True)[:3]
+    told = ", ".join(f"{name} {100 * errors[name]:.1f} %" for name in worst)
+    return f"{first}\nmean error of {what} {mean:.2f} dB; worst: {told}"
