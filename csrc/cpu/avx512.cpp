@@ -1,0 +1,81 @@
+// AVX-512 with VNNI: the integer product of 16 weight rows in one instruction a step; the rest is AVX2's.
+//
+// dpbusd multiplies unsigned by signed bytes and adds four products into 32 bits, so a group needs no care for
+// overflow, and sums of floats stay in registers for a whole chunk of K.
+#include "floats.h"
+#include "spelling.h"
+#include "target.h"
+
+#ifdef SVDQUANT_X86
+#include <immintrin.h>
+SVDQUANT_TARGET("avx512f,avx512bw,avx512vnni")
+
+namespace svdquant::cpu {
+namespace {
+
+__m512i broadcast4(const int8_t* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return _mm512_set1_epi32(word);
+}
+
+template <int kRows, int kSteps>
+void multiply_rows(const Tile& t, int64_t row) {
+  const int64_t k = t.groups * kSteps * 4;
+  __m512 out[kRows];
+  for (int m = 0; m < kRows; ++m) out[m] = _mm512_loadu_ps(t.out + (row + m) * t.out_stride);
+  for (int64_t g = 0; g < t.groups; ++g) {
+    const uint8_t* panel = t.panel + g * kSteps * 64;
+    const int8_t* acts = t.acts + row * k + g * kSteps * 4;
+    __m512i sums[kRows];
+    for (int m = 0; m < kRows; ++m) sums[m] = _mm512_set1_epi32(t.starts[(row + m) * t.groups + g]);
+    for (int s = 0; s < kSteps; ++s) {
+      const __m512i w = _mm512_loadu_si512(panel + s * 64);
+      for (int m = 0; m < kRows; ++m) {
+        sums[m] = _mm512_dpbusd_epi32(sums[m], w, broadcast4(acts + m * k + s * 4));
+      }
+    }
+    const __m512 weight_scales = _mm512_loadu_ps(t.weight_scales + g * kPanel);
+    for (int m = 0; m < kRows; ++m) {
+      const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[m]), weight_scales);
+      out[m] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(t.scales[(row + m) * t.groups + g]), out[m]);
+    }
+  }
+  for (int m = 0; m < kRows; ++m) _mm512_storeu_ps(t.out + (row + m) * t.out_stride, out[m]);
+}
+
+template <int kSteps>
+void multiply_steps(const Tile& t) {
+  int64_t row = 0;
+  for (; row + 8 <= t.rows; row += 8) multiply_rows<8, kSteps>(t, row);
+  for (; row + 4 <= t.rows; row += 4) multiply_rows<4, kSteps>(t, row);
+  switch (t.rows - row) {
+    case 3: return multiply_rows<3, kSteps>(t, row);
+    case 2: return multiply_rows<2, kSteps>(t, row);
+    case 1: return multiply_rows<1, kSteps>(t, row);
+  }
+}
+
+void multiply(const Tile& t, int64_t group) { group == 16 ? multiply_steps<4>(t) : multiply_steps<16>(t); }
+
+bool supported() { return has_avx512(); }
+
+}  // namespace
+
+const Spelling* avx512() {
+  static const Spelling spelling = [] {
+    Spelling s = *avx2();
+    s.name = "avx512";
+    s.supported = supported;
+    s.multiply = multiply;
+    return s;
+  }();
+  return &spelling;
+}
+
+}  // namespace svdquant::cpu
+SVDQUANT_TARGET_END
+
+#else
+const svdquant::cpu::Spelling* svdquant::cpu::avx512() { return nullptr; }
+#endif

@@ -1,0 +1,192 @@
+// The W4A4 product. Loops, outermost first:
+//
+//     256 tokens        a strip: their codes stay in the second- or third-level cache
+//       16 rows         a panel of weights, unpacked once from nibbles, in the second-level cache
+//         all tokens    Spelling::multiply, which takes as many at once as it has registers for
+//
+// Threads share out (strip, panel) pairs. Every output is one thread's, summed in fp32 in one order, whatever the
+// number of threads.
+#include "floats.h"
+#include "parallel.h"
+#include "spelling.h"
+
+namespace svdquant {
+namespace cpu {
+namespace {
+
+constexpr int64_t kStrip = 256;
+
+const int8_t kE2M1Doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+CodeTable table_of(Codes kind) {
+  const bool e2m1 = kind == Codes::kE2M1;
+  CodeTable table = {group_size(kind), e2m1 ? 12 : 8, {}, e2m1 ? kE2M1Doubled : nullptr};
+  for (int code = 0; code < 16; ++code) {
+    table.weight[code] = static_cast<uint8_t>(e2m1 ? kE2M1Doubled[code] + 12 : code ^ 8);
+  }
+  return table;
+}
+
+// A call's sizes. K is filled up to whole blocks with zeros, which only NVFP4 ever needs.
+struct Shape {
+  explicit Shape(const Gemm& g)
+      : blocks(ceil_div(g.k, kBlock)), groups(blocks * kBlock / group_size(g.kind)), used(g.k / group_size(g.kind)) {}
+
+  const int64_t blocks, groups;
+  const int64_t used;  // groups that are not filling
+};
+
+// Activations as `Tile` wants them.
+struct Activations {
+  Activations(const Gemm& g, const Shape& shape, const Spelling& s, const CodeTable& table, const Launch& launch)
+      : codes(g.m * shape.blocks * kBlock), starts(g.m * shape.groups), scales(g.m * shape.groups) {
+    for_ranges(launch, g.m, ceil_div(1 << 15, g.k), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) prepare(g, shape, s, table, m);
+    });
+  }
+
+  void prepare(const Gemm& g, const Shape& shape, const Spelling& s, const CodeTable& table, int64_t m) const {
+    const int8_t* from = static_cast<const int8_t*>(g.codes) + m * g.k;
+    int8_t* to = codes + m * shape.blocks * kBlock;
+    const int64_t whole = g.k / kBlock, rest = g.k % kBlock, first = m * shape.groups;
+    s.arrange(from, whole, table, to, starts + first);
+    if (rest) {
+      int8_t last[kBlock] = {};
+      std::memcpy(last, from + whole * kBlock, static_cast<size_t>(rest));
+      s.arrange(last, 1, table, to + whole * kBlock, starts + first + whole * kBlock / table.group);
+    }
+    s.widen(row_of(g.scales, m), g.scales.dtype, scales + first, shape.used);
+    for (int64_t i = shape.used; i < shape.groups; ++i) scales[first + i] = 0.0f;
+  }
+
+  const Scratch<int8_t> codes;
+  const Scratch<int32_t> starts;
+  const Scratch<float> scales;
+};
+
+// 16 weight rows in the form that `multiply` and `branch` read. Rows past the last are zeros.
+class Panel {
+ public:
+  Panel(const Gemm& g, const Shape& shape, const Spelling& s, const CodeTable& table)
+      : g_(g),
+        shape_(shape),
+        s_(s),
+        table_(table),
+        line_(ceil_div(shape.groups > g.r ? shape.groups : g.r, 8) * 8 * kPanel),
+        filled_(shape.blocks * kBlock / 2 * kPanel),
+        bytes_(shape.blocks * kBlock * kPanel),
+        scales_(ceil_div(shape.groups, 8) * 8 * kPanel),
+        up_(ceil_div(g.r, 8) * 8 * kPanel) {}
+
+  void load(int64_t first_row) const {
+    const int64_t rows = g_.n - first_row < kPanel ? g_.n - first_row : kPanel;
+    load_codes(first_row, rows);
+    columns(g_.weight_scales, first_row, rows, shape_.used, shape_.groups, scales_ + 0);
+    if (g_.kind == Codes::kE2M1) load_second_scale(first_row, rows);
+    columns(g_.up, first_row, rows, g_.r, g_.r, up_ + 0);
+    for (int64_t i = 0; i < kPanel; ++i) {
+      bias_[i] = g_.bias.data && i < rows ? cpu::load(g_.bias.data, g_.bias.dtype, (first_row + i) * g_.bias.stride) : 0;
+    }
+  }
+
+  // out = bias + branch + 4-bit product, for tokens first .. first + rows.
+  void run(const Activations& acts, int64_t first, int64_t rows, float* out, int64_t stride) const {
+    s_.branch(g_.hidden + first * g_.r, rows, g_.r, up_ + 0, bias_, out, stride);
+    const int64_t group = first * shape_.groups;
+    const Tile tile = {rows,
+                       shape_.groups,
+                       bytes_ + 0,
+                       scales_ + 0,
+                       acts.codes + first * shape_.blocks * kBlock,
+                       acts.starts + group,
+                       acts.scales + group,
+                       out,
+                       stride};
+    s_.multiply(tile, table_.group);
+  }
+
+ private:
+  void load_codes(int64_t first_row, int64_t rows) const {
+    const uint8_t* from = g_.weight_codes + first_row * g_.k / 2;
+    if (rows == kPanel && g_.k % kBlock == 0) return s_.unpack(from, g_.k / 2, shape_.blocks, table_, bytes_ + 0);
+    const int64_t stride = shape_.blocks * kBlock / 2;
+    std::memset(filled_ + 0, 0, static_cast<size_t>(stride * kPanel));
+    for (int64_t i = 0; i < rows; ++i) {
+      std::memcpy(filled_ + i * stride, from + i * g_.k / 2, static_cast<size_t>(g_.k / 2));
+    }
+    s_.unpack(filled_ + 0, stride, shape_.blocks, table_, bytes_ + 0);
+  }
+
+  // Rows of any float as [count][16] in fp32, zeros where there is nothing.
+  void columns(const Floats& from, int64_t first_row, int64_t rows, int64_t used, int64_t count, float* to) const {
+    const int64_t stride = ceil_div(count, 8) * 8;
+    if (used < stride || rows < kPanel) std::memset(line_ + 0, 0, static_cast<size_t>(stride * kPanel) * sizeof(float));
+    for (int64_t i = 0; i < rows; ++i) s_.widen(row_of(from, first_row + i), from.dtype, line_ + i * stride, used);
+    s_.interleave(line_ + 0, stride, to);
+  }
+
+  // Times the second scale, and a quarter: both sides' e2m1 values were doubled.
+  void load_second_scale(int64_t first_row, int64_t rows) const {
+    float factors[kPanel] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = (first_row + i) * g_.second_scale.stride;
+      factors[i] = 0.25f * cpu::load(g_.second_scale.data, g_.second_scale.dtype, at);
+    }
+    for (int64_t g = 0; g < shape_.groups; ++g) {
+      for (int64_t i = 0; i < kPanel; ++i) scales_[g * kPanel + i] *= factors[i];
+    }
+  }
+
+  const Gemm& g_;
+  const Shape& shape_;
+  const Spelling& s_;
+  const CodeTable& table_;
+  const Scratch<float> line_;
+  const Scratch<uint8_t> filled_, bytes_;
+  const Scratch<float> scales_, up_;
+  mutable float bias_[kPanel];
+};
+
+// Panels begin..end for the tokens first .. first + rows. The last panel may be narrower than 16 and then passes
+// through a buffer.
+void run_strip(const Gemm& g, const Panel& panel, const Activations& acts, int64_t first, int64_t begin, int64_t end) {
+  const int64_t rows = g.m - first < kStrip ? g.m - first : kStrip;
+  for (int64_t row = begin * kPanel; row < end * kPanel; row += kPanel) {
+    float* out = g.out + first * g.n + row;
+    panel.load(row);
+    if (row + kPanel <= g.n) {
+      panel.run(acts, first, rows, out, g.n);
+      continue;
+    }
+    const Scratch<float> narrow(rows * kPanel);
+    panel.run(acts, first, rows, narrow + 0, kPanel);
+    for (int64_t m = 0; m < rows; ++m) {
+      std::memcpy(out + m * g.n, narrow + m * kPanel, static_cast<size_t>(g.n - row) * sizeof(float));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+
+const char* gemm(const Gemm& args, const Launch& launch) {
+  using namespace cpu;
+  const Spelling* s = find(launch.spelling);
+  if (!s) return "this processor has no such spelling";
+  const CodeTable table = table_of(args.kind);
+  const Shape shape(args);
+  const Activations acts(args, shape, *s, table, launch);
+  const int64_t panels = ceil_div(args.n, kPanel), strips = ceil_div(args.m, kStrip);
+  const int64_t grain = ceil_div(1 << 18, args.k * kPanel * (args.m < kStrip ? args.m : kStrip));
+  for_ranges(launch, strips * panels, grain, [&](int64_t begin, int64_t end) {
+    const Panel panel(args, shape, *s, table);
+    for (int64_t at = begin; at < end;) {
+      const int64_t strip = at / panels, stop = end < (strip + 1) * panels ? end : (strip + 1) * panels;
+      run_strip(args, panel, acts, strip * kStrip, at - strip * panels, stop - strip * panels);
+      at = stop;
+    }
+  });
+  return nullptr;
+}
+
+}  // namespace svdquant

@@ -1,0 +1,74 @@
+// Activations to codes, scales and the branch's hidden values, reading x once. Four tokens at a time, so that the
+// branch's matrix is read once for four.
+#include "floats.h"
+#include "parallel.h"
+#include "spelling.h"
+
+namespace svdquant {
+namespace cpu {
+namespace {
+
+// A vector or matrix of any float as fp32 rows without gaps.
+void widen_rows(const Spelling& s, const Launch& launch, const Floats& from, int64_t rows, int64_t columns,
+                const Scratch<float>& to) {
+  for_ranges(launch, rows, ceil_div(1 << 15, columns), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) s.widen(row_of(from, i), from.dtype, to + i * columns, columns);
+  });
+}
+
+class Quantizer {
+ public:
+  Quantizer(const Quantize& q, const Spelling& s, const Launch& launch)
+      : q_(q), s_(s), smooth_(q.k), down_(q.r * q.k) {
+    widen_rows(s, launch, q.smooth, 1, q.k, smooth_);
+    widen_rows(s, launch, q.down, q.r, q.k, down_);
+  }
+
+  // Tokens begin..end.
+  void run(int64_t begin, int64_t end) const {
+    const Scratch<float> x(kTokens * q_.k), xs(q_.k), alpha(q_.k / group_size(q_.kind));
+    for (int64_t m = begin; m < end; m += kTokens) {
+      const int64_t rows = end - m < kTokens ? end - m : kTokens;
+      for (int64_t i = 0; i < rows; ++i) {
+        s_.widen(row_of(q_.x, m + i), q_.x.dtype, x + i * q_.k, q_.k);
+        encode(x + i * q_.k, m + i, xs, alpha);
+      }
+      if (q_.r) s_.project(x + 0, rows, down_ + 0, q_.k, q_.r, q_.hidden + m * q_.r);
+    }
+  }
+
+ private:
+  void encode(const float* x, int64_t token, const Scratch<float>& xs, const Scratch<float>& alpha) const {
+    const bool is_unsigned = q_.kind == Codes::kUint4, is_e2m1 = q_.kind == Codes::kE2M1;
+    const int64_t groups = q_.k / group_size(q_.kind), first = token * groups;
+    s_.smooth(x, smooth_ + 0, is_unsigned, q_.shift, q_.x.dtype, xs + 0, q_.k);
+    void* codes = static_cast<uint8_t*>(q_.codes) + token * q_.k;
+    if (is_e2m1) {
+      s_.codes_e2m1(xs + 0, groups, static_cast<uint8_t*>(codes), alpha + 0);
+    } else {
+      s_.codes_int4(xs + 0, groups, is_unsigned ? 15 : 7, is_unsigned ? 0 : -8, static_cast<int8_t*>(codes), alpha + 0);
+    }
+    const DType dtype = is_e2m1 ? DType::kE4M3 : q_.x.dtype;
+    for (int64_t g = 0; g < groups; ++g) store(q_.scales, dtype, first + g, alpha[g]);
+  }
+
+  const Quantize& q_;
+  const Spelling& s_;
+  const Scratch<float> smooth_, down_;
+};
+
+}  // namespace
+}  // namespace cpu
+
+const char* quantize(const Quantize& args, const Launch& launch) {
+  const cpu::Spelling* s = cpu::find(launch.spelling);
+  if (!s) return "this processor has no such spelling";
+  const cpu::Quantizer quantizer(args, *s, launch);
+  cpu::for_ranges(launch, cpu::ceil_div(args.m, cpu::kTokens), 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = end * cpu::kTokens;
+    quantizer.run(begin * cpu::kTokens, last < args.m ? last : args.m);
+  });
+  return nullptr;
+}
+
+}  // namespace svdquant

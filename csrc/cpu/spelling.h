@@ -1,0 +1,86 @@
+// What an instruction set supplies, and who supplies it. The loops over tokens, panels and threads are written once,
+// in quantize.cpp, gemm.cpp and gemv.cpp; only what runs inside them is written again for each instruction set.
+//
+// The integer product. A panel is 16 weight rows, a block is 64 columns, a step is 4 columns of all 16 rows: 64 bytes.
+// Stored nibbles have the even column in the low half, so masking 4 bytes of a row gives its columns 0 2 4 6 and
+// shifting them gives 1 3 5 7. Activations are ours to order, and take the same order:
+//
+//     a row's 8 columns   0 1 2 3 4 5 6 7  ->  step 2c: 0 2 4 6, step 2c+1: 1 3 5 7
+//     a panel             [steps][16 rows][4 columns]  uint8, code + zero
+//
+// Bytes of a panel are unsigned: `zero` (8 for int4; 12 for e2m1, whose values are doubled) is added, and taken out
+// again by starting every sum at -zero * (sum of the token's codes). Unsigned times signed bytes is what CPUs multiply.
+#pragma once
+
+#include "../launch.h"
+
+namespace svdquant::cpu {
+
+constexpr int64_t kPanel = 16;  // weight rows, one 512-bit register of sums
+constexpr int64_t kBlock = 64;  // columns, one 256-bit load of nibbles
+
+// What a 4-bit code becomes, as a weight's byte (zero added) and as an activation's.
+struct CodeTable {
+  int64_t group;
+  int32_t zero;
+  uint8_t weight[16];
+  const int8_t* activation;  // 16 values, or nullptr where codes are their own values
+};
+
+// One panel times some tokens: out[m][0..15] += sum over groups of (int sum) * weight_scale * token_scale.
+struct Tile {
+  int64_t rows, groups;
+  const uint8_t* panel;        // [K/4][16][4]
+  const float* weight_scales;  // [groups][16]
+  const int8_t* acts;          // [rows][K]        arranged
+  const int32_t* starts;       // [rows][groups]   -zero * sum of codes
+  const float* scales;         // [rows][groups]
+  float* out;                  // [rows][16]
+  int64_t out_stride;
+};
+
+struct Spelling {
+  const char* name;
+  bool (*supported)();
+
+  // Any float to fp32.
+  void (*widen)(const void* from, DType dtype, float* to, int64_t count);
+  // to = round_T(round_T(x + shift) / smooth); `shifted` says whether there is a shift at all.
+  void (*smooth)(const float* x, const float* smooth, bool shifted, float shift, DType dtype, float* to, int64_t k);
+  // Codes and unrounded scales of smoothed values.
+  void (*codes_int4)(const float* xs, int64_t groups, int q_max, int q_min, int8_t* codes, float* alpha);
+  void (*codes_e2m1)(const float* xs, int64_t groups, uint8_t* codes, float* alpha);
+  // hidden[i][j] = x[i] . down[j] for up to four tokens.
+  void (*project)(const float* x, int64_t rows, const float* down, int64_t k, int64_t r, float* hidden);
+
+  // Codes of one token in the order of a panel, and the start of every group's sum.
+  void (*arrange)(const int8_t* codes, int64_t blocks, const CodeTable& table, int8_t* to, int32_t* starts);
+  // Nibbles of 16 weight rows, `stride` bytes apart, into a panel. What follows them in memory comes next.
+  void (*unpack)(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel);
+  // Rows of 16 to columns of 16: to[j][i] = from[i][j], with rows `stride` apart, a multiple of 8.
+  void (*interleave)(const float* from, int64_t stride, float* to);
+  void (*multiply)(const Tile& tile, int64_t group);
+  // out[m][0..15] = bias + hidden[m] . up[0..15], with up as [R][16].
+  void (*branch)(const float* hidden, int64_t rows, int64_t r, const float* up, const float* bias, float* out,
+                 int64_t out_stride);
+
+  // One token in the order in which `dot_awq` meets the nibbles, and sums of x that go with its lanes.
+  void (*order_awq)(const float* x, int64_t blocks, float* to, float* sums);
+  // out[m] = one weight row times up to four ordered tokens; `per_group` blocks share a scale and a zero.
+  void (*dot_awq)(const uint8_t* codes, int64_t blocks, int64_t per_group, const float* scales, const float* zeros,
+                  const float* ordered, const float* sums, int64_t rows, float* out);
+};
+
+constexpr int64_t kTokens = 4;    // of project and dot_awq
+constexpr int64_t kAwqSums = 8;   // sums a block
+
+// nullptr where the file was compiled for another processor.
+const Spelling* portable();
+const Spelling* avx2();
+const Spelling* avx512();
+const Spelling* neon();
+
+// By name; nullptr where there is none or this processor cannot run it.
+const Spelling* find(const char* name);
+
+}  // namespace svdquant::cpu

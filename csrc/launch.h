@@ -1,0 +1,87 @@
+// What ops.cpp hands to a kernel: pointers, sizes and strides, and how to run on this device. No torch here, so that a
+// kernel compiles in seconds; the shapes were checked before anything in this file was filled in.
+//
+// Every entry point has one definition in each library: csrc/cpu/ in the CPU's, the .cu files in a GPU's. It returns
+// nullptr, or a sentence that says why it could not run.
+//
+// Letters: M tokens, K in_features, N out_features, R rank, G groups of K.
+#pragma once
+
+#include <cstdint>
+
+namespace svdquant {
+
+enum class DType : int32_t { kF32, kBF16, kF16, kE4M3 };
+
+// The kinds of 4-bit code, and with them the group size and how codes are rounded.
+enum class Codes : int32_t {
+  kInt4,   // -7..7 emitted, -8..7 understood; group 64
+  kUint4,  // 0..15, activations only; group 64
+  kE2M1,   // NVFP4; group 16, e4m3 scales
+};
+
+constexpr int64_t group_size(Codes kind) { return kind == Codes::kE2M1 ? 16 : 64; }
+
+// A matrix or vector of floats: `stride` elements from one row (or element of a vector) to the next.
+struct Floats {
+  const void* data = nullptr;
+  DType dtype = DType::kF32;
+  int64_t stride = 0;
+};
+
+// How to run: the spelling that select.py chose, and the device's own way to spread work.
+struct Launch {
+  const char* spelling = nullptr;
+  void* stream = nullptr;  // cudaStream_t on a GPU
+  // Torch's thread pool on a CPU: calls body(context, begin, end) for ranges that cover 0..count, none below `grain`.
+  void (*parallel)(int64_t count, int64_t grain, void (*body)(const void*, int64_t, int64_t),
+                   const void* context) = nullptr;
+};
+
+// means: core/reference.py quantize_int4, quantize_int4_unsigned, quantize_nvfp4
+struct Quantize {
+  Codes kind;
+  int64_t m, k, r;
+  Floats x;       // [M, K]
+  Floats smooth;  // [K]
+  Floats down;    // [R, K]
+  float shift;    // added to x before smoothing, kUint4 only
+  void* codes;    // [M, K]     int8 | uint8
+  void* scales;   // [M, G]     x's dtype, or e4m3
+  float* hidden;  // [M, R]
+};
+
+// means: core/reference.py gemm_int4, gemm_nvfp4
+struct Gemm {
+  Codes kind;  // kInt4 for signed and unsigned activations, or kE2M1
+  int64_t m, n, k, r;
+  const void* codes;            // [M, K]     int8 | uint8, contiguous
+  Floats scales;                // [M, G]
+  const float* hidden;          // [M, R]     contiguous
+  const uint8_t* weight_codes;  // [N, K/2]   contiguous
+  Floats weight_scales;         // [N, G]
+  Floats second_scale;          // [1] with stride 0, or [N]; kE2M1 only
+  Floats up;                    // [N, R]
+  Floats bias;                  // [N] or no data
+  float* out;                   // [M, N]
+};
+
+// means: core/reference.py gemv_awq
+struct Gemv {
+  int64_t m, n, k, group;
+  Floats x;                     // [M, K]
+  const uint8_t* weight_codes;  // [N, K/2]   contiguous
+  Floats weight_scales;         // [N, K/group]
+  Floats zeros;                 // [N, K/group]
+  Floats bias;                  // [N] or no data
+  float* out;                   // [M, N]
+};
+
+const char* quantize(const Quantize& args, const Launch& launch);
+const char* gemm(const Gemm& args, const Launch& launch);
+const char* gemv_awq(const Gemv& args, const Launch& launch);
+
+// Spellings this device can run, best first, separated by spaces.
+const char* spellings();
+
+}  // namespace svdquant

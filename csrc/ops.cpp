@@ -1,0 +1,213 @@
+// The ops as torch sees them: check, allocate, fill in launch.h's structs, launch. The only file that includes torch,
+// and only its light headers: this one file is most of a build's time.
+//
+// Schemas and fake kernels are in svdquant/kernels/ops.py. This file is compiled once for each library, with
+// SVDQUANT_DEVICE naming the dispatch key: CPU, linked with csrc/cpu/, or CUDA, linked with the .cu files.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <string>
+#include <tuple>
+
+#include "launch.h"
+
+namespace svdquant {
+namespace {
+
+using at::Tensor;
+
+DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::kF32;
+    case at::kBFloat16: return DType::kBF16;
+    case at::kHalf: return DType::kF16;
+    case at::kFloat8_e4m3fn: return DType::kE4M3;
+    default: TORCH_CHECK_VALUE(false, name, ": expected a float of 32, 16 or 8 bits, got ", t.scalar_type());
+  }
+}
+
+void check_shape(const Tensor& t, const char* name, at::IntArrayRef expected) {
+  TORCH_CHECK_VALUE(t.sizes() == expected, name, ": expected shape ", expected, ", got ", t.sizes());
+}
+
+Tensor narrowed(const Tensor& t) { return t.scalar_type() == at::kDouble ? t.to(at::kFloat) : t; }
+
+// A matrix whose rows may lie apart, but not the numbers in a row. `kept` owns what had to be copied for that.
+Floats matrix(const Tensor& t, const char* name, Tensor& kept) {
+  kept = narrowed(t);
+  if (kept.stride(1) != 1) kept = kept.contiguous();
+  return {kept.const_data_ptr(), dtype_of(kept, name), kept.stride(0)};
+}
+
+Floats vector(const Tensor& t, const char* name, Tensor& kept) {
+  kept = narrowed(t).contiguous();
+  return {kept.const_data_ptr(), dtype_of(kept, name), 1};
+}
+
+Launch launch(const std::string& spelling) {
+  Launch l;
+  l.spelling = spelling.c_str();
+  l.parallel = [](int64_t count, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context) {
+    at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  return l;
+}
+
+void check_launch(const char* problem, const std::string& spelling) {
+  TORCH_CHECK(!problem, "svdquant kernels, spelling '", spelling, "': ", problem);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_as(Codes kind, const Tensor& x, const Tensor& smooth, const Tensor& down,
+                                               double shift, const std::string& spelling) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "x: expected [M, K], got ", x.sizes());
+  const int64_t m = x.size(0), k = x.size(1), group = group_size(kind);
+  TORCH_CHECK_VALUE(k % group == 0, "x: last axis is ", k, ", expected a multiple of ", group, ". Pad K first.");
+  check_shape(smooth, "smooth", {k});
+  TORCH_CHECK_VALUE(down.dim() == 2 && down.size(1) == k, "down: expected [R, ", k, "], got ", down.sizes());
+  const int64_t r = down.size(0);
+  const bool e2m1 = kind == Codes::kE2M1;
+  Tensor codes = at::empty({m, k}, x.options().dtype(kind == Codes::kInt4 ? at::kChar : at::kByte));
+  Tensor scales = at::empty({m, k / group}, x.options().dtype(e2m1 ? at::kFloat8_e4m3fn : x.scalar_type()));
+  Tensor hidden = at::empty({m, r}, x.options().dtype(at::kFloat));
+  if (m) {
+    Tensor kept[3];
+    const Quantize args = {kind,
+                           m,
+                           k,
+                           r,
+                           matrix(x, "x", kept[0]),
+                           vector(smooth, "smooth", kept[1]),
+                           matrix(down, "down", kept[2]),
+                           static_cast<float>(shift),
+                           codes.mutable_data_ptr(),
+                           scales.mutable_data_ptr(),
+                           hidden.mutable_data_ptr<float>()};
+    check_launch(quantize(args, launch(spelling)), spelling);
+  }
+  return {codes, scales, hidden};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_int4(const Tensor& x, const Tensor& smooth, const Tensor& down,
+                                                 std::string spelling) {
+  return quantize_as(Codes::kInt4, x, smooth, down, 0.0, spelling);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_int4_unsigned(const Tensor& x, const Tensor& smooth, const Tensor& down,
+                                                          double shift, std::string spelling) {
+  return quantize_as(Codes::kUint4, x, smooth, down, shift, spelling);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_nvfp4(const Tensor& x, const Tensor& smooth, const Tensor& down,
+                                                  std::string spelling) {
+  return quantize_as(Codes::kE2M1, x, smooth, down, 0.0, spelling);
+}
+
+void check_packed(const Tensor& t) {
+  TORCH_CHECK_VALUE(t.dim() == 2 && t.scalar_type() == at::kByte, "weight_codes: expected packed uint8 [N, K/2], got ",
+                    t.scalar_type(), " ", t.sizes());
+}
+
+Tensor gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
+               const Tensor& weight_scales, const std::optional<Tensor>& second_scale, const Tensor& up,
+               const std::optional<Tensor>& bias, const std::string& spelling) {
+  check_packed(weight_codes);
+  const int64_t m = codes.size(0), n = weight_codes.size(0), k = weight_codes.size(1) * 2, group = group_size(kind);
+  const int64_t r = up.size(-1);
+  TORCH_CHECK_VALUE(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kByte,
+                    "codes: expected int8 or uint8, got ", codes.scalar_type());
+  TORCH_CHECK_VALUE(hidden.scalar_type() == at::kFloat, "hidden: expected fp32, got ", hidden.scalar_type());
+  check_shape(codes, "codes", {m, k});
+  check_shape(scales, "scales", {m, k / group});
+  check_shape(hidden, "hidden", {m, r});
+  check_shape(weight_scales, "weight_scales", {n, k / group});
+  check_shape(up, "up", {n, r});
+  if (bias) check_shape(*bias, "bias", {n});
+  Tensor out = at::empty({m, n}, hidden.options());
+  if (m == 0 || n == 0) return out;
+  Tensor kept[5];
+  const Tensor own_codes = codes.contiguous(), own_hidden = hidden.contiguous(), own_weight = weight_codes.contiguous();
+  Gemm args = {kind,
+               m,
+               n,
+               k,
+               r,
+               own_codes.const_data_ptr(),
+               matrix(scales, "scales", kept[0]),
+               own_hidden.const_data_ptr<float>(),
+               own_weight.const_data_ptr<uint8_t>(),
+               matrix(weight_scales, "weight_scales", kept[1]),
+               {},
+               matrix(up, "up", kept[2]),
+               {},
+               out.mutable_data_ptr<float>()};
+  if (bias) args.bias = vector(*bias, "bias", kept[3]);
+  if (second_scale) {
+    TORCH_CHECK_VALUE(second_scale->numel() == 1 || second_scale->numel() == n, "second_scale: expected 1 or ", n,
+                      " numbers, got ", second_scale->numel());
+    args.second_scale = vector(*second_scale, "second_scale", kept[4]);
+    if (second_scale->numel() == 1) args.second_scale.stride = 0;
+  }
+  check_launch(gemm(args, launch(spelling)), spelling);
+  return out;
+}
+
+Tensor gemm_int4(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
+                 const Tensor& weight_scales, const Tensor& up, const std::optional<Tensor>& bias,
+                 std::string spelling) {
+  return gemm_as(Codes::kInt4, codes, scales, hidden, weight_codes, weight_scales, {}, up, bias, spelling);
+}
+
+Tensor gemm_nvfp4(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
+                  const Tensor& weight_scales, const Tensor& second_scale, const Tensor& up,
+                  const std::optional<Tensor>& bias, std::string spelling) {
+  return gemm_as(Codes::kE2M1, codes, scales, hidden, weight_codes, weight_scales, second_scale, up, bias, spelling);
+}
+
+Tensor gemv_awq_op(const Tensor& x, const Tensor& weight_codes, const Tensor& weight_scales, const Tensor& zeros,
+                   const std::optional<Tensor>& bias, std::string spelling) {
+  check_packed(weight_codes);
+  TORCH_CHECK_VALUE(x.dim() == 2, "x: expected [M, K], got ", x.sizes());
+  const int64_t m = x.size(0), n = weight_codes.size(0), k = weight_codes.size(1) * 2;
+  const int64_t groups = weight_scales.size(-1), group = groups ? k / groups : 0;
+  TORCH_CHECK_VALUE(group && group % 64 == 0 && groups * group == k, "weight_scales: expected one for every 64 (or a ",
+                    "multiple of 64) of ", k, " columns, got ", groups, " a row");
+  check_shape(x, "x", {m, k});
+  check_shape(weight_scales, "weight_scales", {n, groups});
+  check_shape(zeros, "zeros", {n, groups});
+  if (bias) check_shape(*bias, "bias", {n});
+  Tensor out = at::empty({m, n}, x.options().dtype(at::kFloat));
+  if (m == 0 || n == 0) return out;
+  Tensor kept[4];
+  const Tensor own_weight = weight_codes.contiguous();
+  Gemv args = {m,
+               n,
+               k,
+               group,
+               matrix(x, "x", kept[0]),
+               own_weight.const_data_ptr<uint8_t>(),
+               matrix(weight_scales, "weight_scales", kept[1]),
+               matrix(zeros, "zeros", kept[2]),
+               {},
+               out.mutable_data_ptr<float>()};
+  if (bias) args.bias = vector(*bias, "bias", kept[3]);
+  check_launch(gemv_awq(args, launch(spelling)), spelling);
+  return out;
+}
+
+std::string spellings_op(const Tensor&) { return spellings(); }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(svdquant, SVDQUANT_DEVICE, m) {
+  m.impl("spellings", spellings_op);
+  m.impl("quantize_int4", quantize_int4);
+  m.impl("quantize_int4_unsigned", quantize_int4_unsigned);
+  m.impl("quantize_nvfp4", quantize_nvfp4);
+  m.impl("gemm_int4", gemm_int4);
+  m.impl("gemm_nvfp4", gemm_nvfp4);
+  m.impl("gemv_awq", gemv_awq_op);
+}
+
+}  // namespace svdquant

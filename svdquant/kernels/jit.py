@@ -1,0 +1,342 @@
+"""Build csrc/ on first need and load it: torch's own compiler driver, with a cache that cannot be left broken.
+
+A library's file name holds a hash of everything it was made from, so a cached file is either right or not there. It
+is built in a private folder of the cache and moved to its name in one step: a killed build leaves a folder, swept a
+day later; two builds at once both succeed; there is no lock. The compiler runs in a Python of its own, where the
+environment that torch wants (PATH, CUDA_HOME, job count) can be set without touching ours.
+
+All of the pack's environment variables are read here:
+
+    SVDQUANT_KERNELS     auto           `off` never builds or loads, reference ops run; or the name of a spelling
+    SVDQUANT_CACHE_DIR   user's cache   where libraries are kept
+    SVDQUANT_VERBOSE     0              1 shows the compiler's output
+    CXX                  g++ | cl       the C++ compiler (torch's own variable)
+    CUDA_HOME            searched       the CUDA toolkit (torch's own variable)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger("svdquant-nodes")
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+WINDOWS, LINUX = sys.platform == "win32", sys.platform.startswith("linux")
+PREFIX = "build-"
+DAY_SECONDS = 24 * 3600
+BUILD_SECONDS = 900  # a build takes half a minute; a compiler that hangs must not hang the host
+JOB_BYTES = 2**30  # the file that includes torch needs 0.6 GB
+
+_BUILD = "import json, sys; from torch.utils.cpp_extension import load; load(**json.load(sys.stdin))"
+_SEE_OUTPUT = "Start again with SVDQUANT_VERBOSE=1 to see the compiler's output."
+_loading = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says."""
+
+    kernels: str
+    cache: Path
+    verbose: bool
+
+
+@cache
+def settings() -> Settings:
+    return Settings(
+        kernels=os.environ.get("SVDQUANT_KERNELS", "").strip().lower() or "auto",
+        cache=Path(os.environ.get("SVDQUANT_CACHE_DIR") or _user_cache()),
+        verbose=os.environ.get("SVDQUANT_VERBOSE", "") not in ("", "0"),
+    )
+
+
+def _user_cache() -> Path:
+    home = Path.home()
+    if WINDOWS:
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return base / "svdquant-nodes"
+
+
+class Unavailable(Exception):
+    """Why there is no library, and what to do about it: half a sentence and a whole one."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.reason, self.remedy = reason, remedy
+
+
+# ---- what to build ----
+
+
+@dataclass(frozen=True)
+class Target:
+    """One library: csrc/ops.cpp with the kernels of one folder beside it.
+
+    name     "cpu" | "cuda-sm_90a"
+    folder   of its kernels, in csrc/
+    flags    of the C++ compiler
+    arch     what torch calls TORCH_CUDA_ARCH_LIST, "" without CUDA
+    """
+
+    name: str
+    folder: str
+    flags: tuple[str, ...]
+    arch: str = ""
+
+    @property
+    def sources(self) -> list[Path]:
+        kernels = (CSRC / self.folder).iterdir()
+        return [CSRC / "ops.cpp", *sorted(file for file in kernels if file.suffix in {".cpp", ".cu"})]
+
+    @property
+    def files(self) -> list[Path]:
+        """The sources and every header that they may include."""
+        folders = (CSRC, CSRC / self.folder)
+        headers = [file for folder in folders for file in folder.iterdir() if file.suffix in {".h", ".cuh"}]
+        return self.sources + sorted(headers)
+
+
+def cpu_target() -> Target:
+    return Target("cpu", "cpu", _flags("CPU"))
+
+
+def cuda_target(major: int, minor: int) -> Target:
+    """The library for one GPU; from 9.0 on, with the instructions that only that architecture has."""
+    suffix = "a" if major >= 9 else ""
+    return Target(f"cuda-sm_{major}{minor}{suffix}", "cuda", _flags("CUDA"), f"{major}.{minor}{suffix}")
+
+
+def _flags(device: str) -> tuple[str, ...]:
+    """Strict floats, as contracted multiply-adds would change codes; sums as written, as regrouped ones spill."""
+    if WINDOWS:
+        return (f"/DSVDQUANT_DEVICE={device}", "/O2", "/openmp", "/fp:precise")
+    exact = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-tree-reassoc")
+    # for at::parallel_for; its symbols are those of the OpenMP that torch has loaded, so none is linked
+    threads = ("-fopenmp",) if LINUX else ()
+    return (f"-DSVDQUANT_DEVICE={device}", *exact, *threads, "-fvisibility=hidden")
+
+
+def key(target: Target) -> str:
+    """16 hex digits of everything that decides what the compiler makes."""
+    digest = hashlib.sha256()
+    for file in target.files:
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(CSRC).as_posix()} {len(content)}\n".encode() + content)
+    made_for = (target, torch.__version__, torch.version.cuda, sys.platform, platform.machine())
+    digest.update(repr(made_for).encode())
+    return digest.hexdigest()[:16]
+
+
+def library_path(target: Target) -> Path:
+    return settings().cache / f"svdquant-{target.name}-{key(target)}{'.dll' if WINDOWS else '.so'}"
+
+
+# ---- load, building if need be ----
+
+
+def load(target: Target) -> str | None:
+    """Make a target's ops part of this process, building them if the cache has none.
+
+    returns  None, or the reason why its ops are not there, which was logged once with its remedy
+
+    A second call answers as the first did: nothing is tried twice in a process.
+    """
+    with _loading:
+        return _load_once(target)
+
+
+@cache
+def _load_once(target: Target) -> str | None:
+    if settings().kernels == "off":
+        return "SVDQUANT_KERNELS is off"
+    try:
+        path = library_path(target)
+        if not path.is_file():
+            _build(target, path)
+        _open(path)
+    except Unavailable as missing:
+        message = "SVDQuant: no %s kernels, the slower reference ops run instead: %s. %s"
+        log.warning(message, target.name, missing.reason, missing.remedy)
+        return missing.reason
+    return None
+
+
+def _open(path: Path) -> None:
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        path.unlink(missing_ok=True)
+        raise Unavailable(
+            f"{path} does not load ({_last_line(str(error))})",
+            "It was removed, and will be built anew at the next start.",
+        ) from error
+
+
+def _build(target: Target, path: Path) -> None:
+    """Compile into a private folder, then move the library to its name."""
+    start = time.perf_counter()
+    environment = _environment(target)
+    log.info("SVDQuant: compiling the %s kernels, once for this machine", target.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=path.parent))
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+    try:
+        _compile(target, folder, environment).replace(path)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    log.info(
+        "SVDQuant: compiled the %s kernels in %.1f s: %s", target.name, time.perf_counter() - start, path
+    )
+
+
+def _unwritable(folder: Path, error: OSError) -> Unavailable:
+    return Unavailable(
+        f"{folder} cannot be written ({error.strerror or error})",
+        "Make room or set SVDQUANT_CACHE_DIR to a folder of yours, then restart.",
+    )
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed builds left behind more than a day ago."""
+    for leftover in folder.glob(f"{PREFIX}*"):
+        if time.time() - leftover.stat().st_mtime > DAY_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+# ---- the compiler ----
+
+
+def _compile(target: Target, folder: Path, environment: dict[str, str]) -> Path:
+    """Run torch's compiler driver in a Python of its own; returns the library inside `folder`."""
+    order = dict(
+        name="svdquant",
+        sources=[str(file) for file in target.sources],
+        extra_cflags=target.flags,
+        build_directory=str(folder),
+        is_python_module=False,
+        verbose=settings().verbose,
+    )
+    pipe = {} if settings().verbose else dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _BUILD],
+            input=json.dumps(order),
+            env=environment,
+            cwd=folder,
+            text=True,
+            errors="replace",
+            timeout=BUILD_SECONDS,
+            **pipe,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"the compiler did not end within {BUILD_SECONDS} s", _SEE_OUTPUT) from error
+    libraries = [file for file in folder.glob("svdquant.*") if file.suffix in {".so", ".pyd", ".dll"}]
+    if done.returncode or not libraries:
+        raise _failure(done.stdout or "")
+    return libraries[0]
+
+
+def _failure(output: str) -> Unavailable:
+    """A failed build in the line of its output that says most."""
+    if "No space left" in output:
+        return Unavailable(
+            "the disk is full", "Make room or set SVDQUANT_CACHE_DIR to another disk, then restart."
+        )
+    telling = [line.strip() for line in output.splitlines() if re.search(r"\berror\b.*:", line)]
+    reason = telling[0] if telling else _last_line(output)
+    return Unavailable(f"the compiler failed ({reason[:300]})", _SEE_OUTPUT)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "it gave no reason"
+
+
+def _environment(target: Target) -> dict[str, str]:
+    """Ours, with what torch's compiler driver needs to find."""
+    environment = dict(os.environ)
+    scripts = sysconfig.get_path("scripts")  # where pip puts ninja, whether or not the venv is active
+    environment["PATH"] = os.pathsep.join(filter(None, [environment.get("PATH"), scripts]))
+    environment.setdefault("MAX_JOBS", str(_jobs()))
+    environment.setdefault("CXX", _compiler(environment["PATH"]))
+    if target.arch:
+        environment["TORCH_CUDA_ARCH_LIST"] = target.arch
+        environment["CUDA_HOME"] = str(_cuda_home_or_say())
+    _check_tools(environment)
+    return environment
+
+
+def _compiler(path: str) -> str:
+    """torch's default, but g++ before c++ on Linux: clang's OpenMP is not the one that torch has loaded."""
+    if WINDOWS:
+        return "cl"
+    return "g++" if LINUX and shutil.which("g++", path=path) else "c++"
+
+
+def _check_tools(environment: dict[str, str]) -> None:
+    compiler, path = environment["CXX"], environment["PATH"]
+    if not shutil.which(compiler.split()[0], path=path):
+        remedy = (
+            "Install one (Debian and Ubuntu: apt install g++; macOS: xcode-select --install), then restart."
+        )
+        if WINDOWS:
+            remedy = "Install Visual Studio's C++ build tools and start from their command prompt."
+        raise Unavailable(f"no C++ compiler named {compiler} was found", remedy)
+    if not shutil.which("ninja", path=path):
+        raise Unavailable("ninja was not found", f"Run {sys.executable} -m pip install ninja, then restart.")
+
+
+def _jobs() -> int:
+    """Compilers at once: as many as there are cores and free memory for."""
+    cores = os.cpu_count() or 1
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return cores
+    return max(1, min(cores, free // JOB_BYTES))
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME, the folder of the nvcc on the PATH, or PyPI's CUDA packages."""
+    nvcc = "nvcc.exe" if WINDOWS else "nvcc"
+    on_path, site = shutil.which(nvcc), Path(sysconfig.get_path("purelib")) / "nvidia"
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    homes += [Path(on_path).resolve().parents[1]] if on_path else []
+    homes += [*sorted(site.glob("cu[0-9]*"), reverse=True), site / "cuda_nvcc"]
+    return next((Path(home) for home in homes if home and (Path(home) / "bin" / nvcc).is_file()), None)
+
+
+def _cuda_home_or_say() -> Path:
+    home = cuda_home()
+    if home is None:
+        raise Unavailable(
+            "no nvcc in CUDA_HOME, on the PATH or among Python's packages",
+            f"Install the CUDA toolkit, or run {sys.executable} -m pip install nvidia-cuda-nvcc, then restart.",
+        )
+    return home

@@ -1,0 +1,154 @@
+"""Which spelling of an op runs where: pure functions of what is asked, with the reasons against every other.
+
+A spelling is one way to write the ops for one kind of processor. The table lists all there are, best first on each
+device; the first that has nothing against it is chosen, and where all have, the reference ops run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+REFERENCE = "reference"
+QUANTIZERS = ("quantize_int4", "quantize_int4_unsigned", "quantize_nvfp4")
+GEMMS = ("gemm_int4", "gemm_nvfp4")
+OPS = (*QUANTIZERS, *GEMMS, "gemv_awq")
+GROUPS = {op: 16 if op.endswith("nvfp4") else 64 for op in OPS}  # columns a scale; gemv_awq takes multiples
+INT4_OPS = ("quantize_int4", "quantize_int4_unsigned", "gemm_int4")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device can do.
+
+    type         "cpu" | "cuda" | any other of torch's names
+    features     cpu: names of the spellings its library can run here
+    capability   cuda: compute capability
+    missing      why its library is not there, "" if it is
+    """
+
+    type: str
+    features: frozenset[str] = frozenset()
+    capability: tuple[int, int] = (0, 0)
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call, as far as it matters.
+
+    op      a name in OPS
+    dtype   of activations: "float32" | "bfloat16" | "float16" | any other of torch's names
+    group   columns that share a weight scale, None for the op's usual one
+    tokens  M, None where it is not known
+    wanted  "auto", "off", or the name of a spelling
+    """
+
+    op: str
+    dtype: str
+    group: int | None = None
+    tokens: int | None = None
+    wanted: str = "auto"
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A row of the table: what a spelling is for, and what it needs.
+
+    needs   what a device lacks for it, "" if nothing
+    built   False while its sources do not exist
+    """
+
+    name: str
+    device: str
+    ops: tuple[str, ...]
+    needs: Callable[[Device], str]
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    built: bool = True
+    most_tokens: int | None = None
+
+
+def _feature(name: str) -> Callable[[Device], str]:
+    return lambda device: "" if name in device.features else f"this processor has no {name}"
+
+
+def _capability(low: tuple[int, int], high: tuple[int, int], instruction: str) -> Callable[[Device], str]:
+    def needs(device: Device) -> str:
+        if low <= device.capability <= high:
+            return ""
+        range_ = _dotted(low) if low == high else f"{_dotted(low)} to {_dotted(high)}"
+        return f"{instruction} needs compute capability {range_}, this is {_dotted(device.capability)}"
+
+    return needs
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+HALVES = ("bfloat16", "float16")
+NEWEST = (12, 9)
+SPELLINGS = (
+    Spelling("avx512", "cpu", OPS, _feature("avx512")),
+    Spelling("avx2", "cpu", OPS, _feature("avx2")),
+    Spelling("neon", "cpu", OPS, _feature("neon")),
+    Spelling("portable", "cpu", OPS, _feature("portable")),
+    Spelling("wgmma_sm90", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma"), HALVES, built=False),
+    Spelling(
+        "mxf4_sm120", "cuda", OPS[2:5:2], _capability((12, 0), NEWEST, "mxf4nvf4 mma"), HALVES, built=False
+    ),
+    Spelling("mma_s4", "cuda", INT4_OPS, _capability((8, 0), (8, 9), "mma.s4"), HALVES, built=False),
+    Spelling("mma_s8", "cuda", INT4_OPS, _capability((9, 0), NEWEST, "mma.s8 unpacked"), HALVES, built=False),
+    Spelling(
+        "mma_sm75", "cuda", INT4_OPS, _capability((7, 5), (7, 5), "mma.m8n8k32"), HALVES[1:], built=False
+    ),
+    Spelling(
+        "gemv", "cuda", ("gemv_awq",), _capability((7, 5), NEWEST, "gemv"), HALVES, built=False, most_tokens=8
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The spelling that runs, and why no better one does: name -> reasons."""
+
+    spelling: str
+    against: dict[str, tuple[str, ...]]
+
+    def sentence(self) -> str:
+        """For people: "avx2 (not avx512: this processor has no avx512)"."""
+        reasons = "; ".join(f"not {name}: {', '.join(why)}" for name, why in self.against.items())
+        return f"{self.spelling} ({reasons})" if reasons else self.spelling
+
+
+def choose(device: Device, request: Request) -> Choice:
+    """The first spelling with nothing against it, else the reference ops."""
+    against: dict[str, tuple[str, ...]] = {}
+    for row in SPELLINGS:
+        if row.device != device.type or request.op not in row.ops:
+            continue
+        why = tuple(reasons(row, device, request))
+        if not why:
+            return Choice(row.name, against)
+        against[row.name] = why
+    return Choice(REFERENCE, against or {"kernels": (f"none is written for {request.op} on {device.type}",)})
+
+
+def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
+    """Everything that speaks against one spelling."""
+    usual = GROUPS[request.op]
+    group = request.group or usual
+    wrong_group = group % usual if request.op == "gemv_awq" else group != usual
+    too_many = row.most_tokens is not None and request.tokens is not None and request.tokens > row.most_tokens
+    checks = (
+        (not row.built, "not built in this version"),
+        (request.wanted == "off", "SVDQUANT_KERNELS is off"),
+        (request.wanted not in ("auto", "off", row.name), f"SVDQUANT_KERNELS asks for {request.wanted}"),
+        (bool(device.missing), device.missing),
+        (request.dtype not in row.dtypes, f"activations are {request.dtype}"),
+        (wrong_group, f"weight groups of {group} instead of {usual}"),
+        (too_many, f"more than {row.most_tokens} tokens"),
+    )
+    found = [text for wrong, text in checks if wrong]
+    lack = "" if device.missing else row.needs(device)
+    return [*found, lack] if lack else found

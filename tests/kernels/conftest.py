@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from svdquant_nodes.svdquant.core.weights import LinearWeights
+from svdquant_nodes.svdquant.kernels import ops, select
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """One spelling to judge: an op set that insists on it, and where its tensors must be."""
+
+    ops: ops.OpSet
+    device: torch.device
+
+    def here(self, t: Tensor) -> Tensor:
+        return t.to(self.device)
+
+    def weights(self, w: LinearWeights) -> LinearWeights:
+        return replace(w, **{name: self.here(t) for name, t in w.tensors().items()})
+
+
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+FOREIGN = ("avx512", "avx2") if ARM else ("neon",)  # not even compiled here
+
+
+def _rows() -> list:
+    """Every spelling that is built; a GPU's are marked, and skipped with a reason by tests/conftest.py."""
+    built = [row for row in select.SPELLINGS if row.built and row.name not in FOREIGN]
+    return [
+        pytest.param(row, id=row.name, marks=[pytest.mark.gpu] if row.device == "cuda" else [])
+        for row in built
+    ]
+
+
+@pytest.fixture(params=_rows())
+def spelled(request: pytest.FixtureRequest) -> Spelled:
+    row = request.param
+    found = ops.device(row.device)
+    if found.missing:
+        pytest.skip(f"no {row.device} kernels: {found.missing}")
+    if lack := row.needs(found):
+        pytest.skip(lack)
+    return Spelled(ops.OpSet(row.name), torch.device(row.device))
+
+
+@pytest.fixture
+def kernels() -> None:
+    """Skip where the CPU's kernels cannot be had."""
+    if missing := ops.device("cpu").missing:
+        pytest.skip(f"no cpu kernels: {missing}")

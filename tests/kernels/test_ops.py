@@ -1,0 +1,208 @@
+"""The op set as torch and its callers see it: signatures, schemas, fake kernels, torch.compile, fallbacks, errors."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from svdquant_nodes.svdquant.core import linear, reference
+from svdquant_nodes.svdquant.core.linear import Branch, Part
+from svdquant_nodes.svdquant.kernels import ops, select
+from svdquant_nodes.tests import layers
+from svdquant_nodes.tests.tolerances import assert_close
+from svdquant_nodes.tools.pack import ROOT
+
+pytestmark = pytest.mark.usefixtures("kernels")
+ALL = slice(None)
+
+
+def inputs(name, m=5, n=40, k=128, r=8):
+    return layers.random(m, k, seed=3, dtype=torch.bfloat16), layers.random_linear(name, n, k, r)
+
+
+def calls(name):
+    """Every torch op of a format with arguments: yields (op, args)."""
+    x, w = inputs(name)
+    space = torch.ops.svdquant
+    if name == "awq":
+        yield space.gemv_awq, (x, w.codes, w.scales, w.zeros, w.bias, "portable")
+        yield space.gemv_awq, (x, w.codes, w.scales, w.zeros, None, "portable")
+        return
+    shift = (w.spec.act_shift,) if w.spec.act_shift else ()
+    quantize = getattr(space, f"quantize_{name.replace('-', '_')}")
+    arguments = (x, w.smooth, w.down, *shift, "portable")
+    yield quantize, arguments
+    if name == "nvfp4":
+        yield (
+            space.gemm_nvfp4,
+            (*quantize(*arguments), w.codes, w.scales, w.second_scale, w.up, w.bias, "portable"),
+        )
+    else:
+        yield space.gemm_int4, (*quantize(*arguments), w.codes, w.scales, w.up, w.bias, "portable")
+
+
+@pytest.mark.parametrize("name", select.OPS)
+def test_signatures_are_those_of_the_reference(name):
+    assert inspect.signature(getattr(ops, name)) == inspect.signature(getattr(reference, name))
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_opcheck(name):
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    for op, arguments in calls(name):
+        eight_bits = any(isinstance(a, torch.Tensor) and a.dtype == torch.float8_e4m3fn for a in arguments)
+        # the schema check computes with its arguments, which torch cannot do with eight-bit floats
+        torch.library.opcheck(op, arguments, test_utils=checks + ["test_schema"] * (not eight_bits))
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_compiles_without_a_break(name):
+    """A layer with a branch is a whole graph, for any number of tokens, and our ops stand in it by name."""
+    x, w = inputs(name)
+    lora = Branch(layers.random(4, 128, seed=1), layers.random(40, 4, seed=2), 0.5, ALL, ALL)
+
+    def layer(x):
+        return linear.forward(torch.nn.functional.silu(x), (Part(w),), None, (lora,), ops)
+
+    ours = []
+
+    def backend(graph, _):
+        ours.append(sum(str(node.target).startswith("svdquant.") for node in graph.graph.nodes))
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for tokens in (5, 3):
+            assert torch.equal(compiled(x[:tokens]), layer(x[:tokens]))
+    assert set(ours) == {1 if name == "awq" else 2}
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_runs_in_inference_mode(name):
+    x, w = inputs(name)
+    with torch.inference_mode():
+        inside = linear.linear(x, w, ops)
+    assert torch.equal(inside, linear.linear(x, w, ops))
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_activations_may_be_a_view(name):
+    """Columns of a wider tensor, as a part of a host layer reads them, and every second column."""
+    x = inputs(name, k=256)[0]
+    narrow = layers.random_linear(name, 40, 128, 8)
+    for view in (x[:, 64:192], x[:, ::2], x.t().contiguous().t()[:, :128]):
+        assert torch.equal(linear.linear(view, narrow, ops), linear.linear(view.contiguous(), narrow, ops))
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_the_number_of_threads_changes_no_bit(name):
+    x, w = inputs(name, m=300, n=100, k=192)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(linear.linear(x, w, ops))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+# ---- where the reference runs ----
+
+
+def test_double_precision_goes_to_the_reference():
+    x, w = inputs("int4")
+    got = ops.quantize_int4(x.double(), w.smooth, w.down)
+    want = reference.quantize_int4(x.double(), w.smooth, w.down)
+    assert got[1].dtype == torch.float64 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_other_devices_go_to_the_reference():
+    x, w = inputs("int4")
+    codes, scales, hidden = ops.quantize_int4(x.to("meta"), w.smooth.to("meta"), w.down.to("meta"))
+    assert codes.is_meta and codes.shape == (5, 128) and scales.shape == (5, 2) and hidden.shape == (5, 8)
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_off_is_the_reference(name):
+    x, w = inputs(name)
+    assert torch.equal(linear.linear(x, w, ops.OpSet("off")), linear.linear(x, w, reference))
+
+
+def test_describe_names_the_spelling_and_the_reasons():
+    text = ops.describe("cpu")
+    assert text.split()[0] in {row.name for row in select.SPELLINGS if row.device == "cpu"}
+    assert ops.describe("meta") == "reference (not kernels: none is written for gemm_int4 on meta)"
+
+
+def test_a_second_copy_of_the_pack_shares_the_ops():
+    """Two copies in custom_nodes: the second finds the schemas defined and uses them."""
+    code = """
+import importlib.util, sys, types
+for name in ("first", "second"):
+    module = types.ModuleType(name); module.__path__ = [sys.argv[1]]; sys.modules[name] = module
+from first.svdquant.kernels import ops as a
+from second.svdquant.kernels import ops as b
+assert a is not b and a.library is not b.library
+"""
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True)
+
+
+# ---- errors ----
+
+
+def test_no_such_spelling_on_this_processor():
+    x, w = inputs("int4")
+    with pytest.raises(RuntimeError, match="spelling 'abacus': this processor has no such spelling"):
+        torch.ops.svdquant.quantize_int4(x, w.smooth, w.down, "abacus")
+
+
+def change(arguments, index, value):
+    return (*arguments[:index], value, *arguments[index + 1 :])
+
+
+BAD = {  # format, which op of `calls`, argument, value, message
+    "k-not-a-group": ("int4", 0, 0, torch.zeros(2, 96), "last axis is 96, expected a multiple of 64"),
+    "x-not-a-matrix": ("int4", 0, 0, torch.zeros(128), r"x: expected \[M, K\]"),
+    "x-of-integers": ("int4", 0, 0, torch.zeros(2, 128).int(), "x: expected a float"),
+    "smooth-too-short": ("int4", 0, 1, torch.ones(64), r"smooth: expected shape \[128\], got \[64\]"),
+    "down-of-other-k": ("nvfp4", 0, 2, torch.ones(8, 64), r"down: expected \[R, 128\], got \[8, 64\]"),
+    "codes-of-floats": ("int4", 1, 0, torch.zeros(5, 128), "codes: expected int8 or uint8"),
+    "codes-of-other-k": ("int4", 1, 0, torch.zeros(5, 64).char(), r"codes: expected shape \[5, 128\]"),
+    "scales-of-other-m": ("int4", 1, 1, torch.ones(4, 2), r"scales: expected shape \[5, 2\]"),
+    "hidden-of-other-rank": ("int4", 1, 2, torch.ones(5, 7), r"hidden: expected shape \[5, 8\]"),
+    "hidden-of-halves": ("int4", 1, 2, torch.ones(5, 8).half(), "hidden: expected fp32"),
+    "weights-not-packed": ("int4", 1, 3, torch.zeros(40, 128), "weight_codes: expected packed uint8"),
+    "weight-scales-of-other-n": ("int4", 1, 4, torch.ones(39, 2), r"weight_scales: expected shape \[40, 2\]"),
+    "second-scale-of-other-n": ("nvfp4", 1, 5, torch.ones(39), "second_scale: expected 1 or 40"),
+    "up-of-other-n": ("nvfp4", 1, 6, torch.ones(39, 8), r"up: expected shape \[40, 8\]"),
+    "bias-of-other-n": ("int4", 1, 6, torch.ones(39), r"bias: expected shape \[40\]"),
+    "awq-x-of-other-k": ("awq", 0, 0, torch.zeros(5, 64), r"x: expected shape \[5, 128\]"),
+    "awq-uneven-groups": ("awq", 0, 2, torch.ones(40, 3), "weight_scales: expected one for every 64"),
+    "awq-zeros-of-other-n": ("awq", 0, 3, torch.ones(39, 2), r"zeros: expected shape \[40, 2\]"),
+}
+
+
+@pytest.mark.parametrize(("name", "which", "index", "value", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments_are_named(name, which, index, value, message):
+    op, arguments = list(calls(name))[which]
+    with pytest.raises(ValueError, match=message):
+        op(*change(arguments, index, value))
+
+
+def test_host_layer_runs_on_the_kernels():
+    """Parts beside and below each other with a LoRA: the same as with the reference ops."""
+    import dataclasses
+
+    def bare(name, n, k, seed):
+        return dataclasses.replace(layers.random_linear(name, n, k, 8, seed=seed), bias=None)
+
+    parts = [Part(bare("int4", 64, 128, 1)), Part(bare("int4-unsigned", 64, 192, 2), column=128)]
+    lora = Branch(layers.random(4, 320, seed=1), layers.random(64, 4, seed=2), 0.5, ALL, ALL)
+    x, bias = layers.random(2, 7, 320, seed=5), layers.random(64, seed=6)
+    got = linear.forward(x, parts, bias, [lora], ops)
+    assert_close(got, linear.forward(x, parts, bias, [lora], reference), "fp32_sum")

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+
+from svdquant_nodes.svdquant.core import reference
+from svdquant_nodes.svdquant.kernels import select
+from svdquant_nodes.svdquant.kernels.select import Device, Request, choose
+
+X86 = Device("cpu", features=frozenset({"avx512", "avx2", "portable"}))
+OLD_X86 = Device("cpu", features=frozenset({"portable"}))
+ARM = Device("cpu", features=frozenset({"neon", "portable"}))
+NO_COMPILER = Device("cpu", missing="no C++ compiler named g++ was found")
+H100 = Device("cuda", capability=(9, 0))
+INT4 = Request("gemm_int4", "bfloat16")
+
+CHOICES = {  # device, request, spelling
+    "best-of-three": (X86, INT4, "avx512"),
+    "old-processor": (OLD_X86, INT4, "portable"),
+    "arm": (ARM, INT4, "neon"),
+    "asked-by-name": (X86, Request("gemm_int4", "bfloat16", wanted="avx2"), "avx2"),
+    "asked-for-what-is-not-here": (ARM, Request("gemm_int4", "bfloat16", wanted="avx2"), "reference"),
+    "off": (X86, Request("gemm_int4", "bfloat16", wanted="off"), "reference"),
+    "fp16": (X86, Request("quantize_int4", "float16"), "avx512"),
+    "fp64": (X86, Request("quantize_int4", "float64"), "reference"),
+    "int4-of-group-128": (X86, Request("gemm_int4", "bfloat16", 128), "reference"),
+    "awq-of-group-128": (X86, Request("gemv_awq", "bfloat16", 128), "avx512"),
+    "awq-of-group-32": (X86, Request("gemv_awq", "bfloat16", 32), "reference"),
+    "nvfp4-of-group-16": (X86, Request("gemm_nvfp4", "bfloat16", 16), "avx512"),
+    "nvfp4-of-group-64": (X86, Request("gemm_nvfp4", "bfloat16", 64), "reference"),
+    "no-library": (NO_COMPILER, INT4, "reference"),
+    "device-without-kernels": (Device("mps"), INT4, "reference"),
+}
+
+
+@pytest.mark.parametrize(("device", "request_", "spelling"), CHOICES.values(), ids=CHOICES)
+def test_choice(device, request_, spelling):
+    assert choose(device, request_).spelling == spelling
+
+
+REASONS = {  # device, request, spelling, reason
+    "feature": (ARM, INT4, "avx2", "this processor has no avx2"),
+    "library": (NO_COMPILER, INT4, "avx2", "no C++ compiler named g++ was found"),
+    "dtype": (X86, Request("quantize_int4", "float64"), "avx2", "activations are float64"),
+    "group": (X86, Request("gemm_int4", "bfloat16", 128), "avx2", "weight groups of 128 instead of 64"),
+    "off": (X86, Request("gemm_int4", "bfloat16", wanted="off"), "avx2", "SVDQUANT_KERNELS is off"),
+    "wanted": (
+        X86,
+        Request("gemm_int4", "bfloat16", wanted="portable"),
+        "avx2",
+        "SVDQUANT_KERNELS asks for portable",
+    ),
+    "device": (
+        Device("mps"),
+        INT4,
+        "kernels",
+        "none is written for gemm_int4 on mps",
+    ),
+    "capability": (H100, INT4, "mma_s4", "mma.s4 needs compute capability 8.0 to 8.9, this is 9.0"),
+    "one-capability": (H100, INT4, "mma_sm75", "mma.m8n8k32 needs compute capability 7.5, this is 9.0"),
+    "tokens": (H100, Request("gemv_awq", "bfloat16", tokens=9), "gemv", "more than 8 tokens"),
+}
+
+
+@pytest.mark.parametrize(("device", "request_", "spelling", "reason"), REASONS.values(), ids=REASONS)
+def test_reason(device, request_, spelling, reason):
+    assert reason in choose(device, request_).against[spelling]
+
+
+def test_nothing_against_what_is_chosen():
+    assert choose(X86, INT4).against == {}
+    assert set(choose(OLD_X86, INT4).against) == {"avx512", "avx2", "neon"}
+
+
+def test_a_missing_library_is_the_only_reason_given_for_it():
+    """What the processor lacks is unknown without the library, so nothing is claimed about it."""
+    assert choose(NO_COMPILER, INT4).against["avx512"] == (NO_COMPILER.missing,)
+
+
+def test_sentence():
+    assert choose(X86, INT4).sentence() == "avx512"
+    assert choose(ARM, INT4).sentence() == (
+        "neon (not avx512: this processor has no avx512; not avx2: this processor has no avx2)"
+    )
+
+
+def test_every_op_is_one_of_the_reference():
+    assert all(callable(getattr(reference, op)) for op in select.OPS)
+    assert {op for row in select.SPELLINGS for op in row.ops} == set(select.OPS)
+
+
+def test_names_are_unique_and_differ_from_the_settings():
+    names = [row.name for row in select.SPELLINGS]
+    assert len(names) == len(set(names)) and not set(names) & {"auto", "off", select.REFERENCE}
