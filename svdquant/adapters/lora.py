@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.lora
-import comfy.lora_convert
+import comfy.utils
+from comfy.weight_adapter import LoRAAdapter
+from torch import Tensor
 
+from ...loaders import lora_nunchaku
 from ...loaders.lora import read_lora
+from ...loaders.lora_names import Renamed, guess_family, rename
+from . import joining, nunchaku_lora
+from .operations import QuantizedLinear
 
 log = logging.getLogger("svdquant-nodes")
+
+_WIDENED = ("img_in.weight", "x_embedder.weight")  # FLUX tools LoRAs give the input more channels
+_BLOCK = re.compile(r"(?:lora_unet_|lora_transformer_|lycoris_|.*\.)?([a-z_]*(?:blocks|layers))[._](\d+)[._]")
+
+Patches = dict  # the host's: key or (key, offset[, function]) -> adapter or ("diff", (tensor,))
 
 
 @dataclass(frozen=True)
@@ -20,19 +33,31 @@ class LoraReport:
 
     name       the file
     strength   as given
+    naming     how the file calls its layers
     matched    layers it patches
     unmatched  its tensors that belong to no layer of this model
-    rank       summed over layers
+    rank       added to quantized layers, summed
+    nbytes     of the branches on quantized layers
+    dense      quantized layers that carry a dense difference, because the adapter is not low-rank
+    error      largest relative error of a truncated layer, 0 where every branch is exact
     """
 
     name: str
     strength: float
+    naming: str
     matched: int
     unmatched: tuple[str, ...]
     rank: int
+    nbytes: int
+    dense: int
+    error: float
 
     def __str__(self) -> str:
         text = f"{self.name} at {self.strength:g}: {self.matched} layers, rank {self.rank} in all"
+        text += f", {self.nbytes / 2**20:.1f} MB, {self.naming} naming"
+        if self.dense:
+            text += f"; {self.dense} layers carry a dense difference, the adapter is not low-rank"
+        text += f"; largest relative error {self.error:.1e}" if self.error else "; exact"
         if self.unmatched:
             more = f" and {len(self.unmatched) - 10} more" if len(self.unmatched) > 10 else ""
             text += f"; not of this model: {', '.join(self.unmatched[:10])}{more}"
@@ -45,42 +70,144 @@ def apply_lora(model, path: Path, strength: float):
     model     MODEL, quantized or not
     returns   (clone, LoraReport)
 
-    Raises ValueError where the file is no LoRA or matches no layer of the model.
+    Raises ValueError, before anything is joined, where the file is no LoRA, is incomplete, matches no layer of the
+    model, or fits it in some layers and not in others.
     """
-    tensors = comfy.lora_convert.convert_lora(read_lora(path))
-    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
-    patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)
+    patches, renamed = make_patches(model, path, read_lora(path))
+    check(model.model, path, patches)
     clone = model.clone()
     joined = clone.add_patches(patches, strength)
-    if not joined:
-        raise ValueError(
-            f"{path.name}: none of its {len(tensors)} tensors, such as {next(iter(tensors))!r}, belongs to this model. "
-            "Choose a LoRA made for the model's family."
-        )
-    report = LoraReport(
-        path.name, strength, len(joined), _unmatched(tensors, patches), _rank(patches, joined)
-    )
+    report = _report(model, path, strength, renamed, {key: patches[key] for key in joined})
     log.info("LoRA: %s", report)
     return clone, report
 
 
-def _unmatched(tensors, patches) -> tuple[str, ...]:
-    loaded: set[str] = set()
-    for patch in patches.values():
-        loaded |= set(getattr(patch, "loaded_keys", ()))
-    ends = (
-        ".alpha",
-        ".diff",
-        ".diff_b",
-        ".w_norm",
-        ".b_norm",
-        ".set_weight",
-        ".dora_scale",
-        ".reshape_weight",
+def make_patches(model, path: Path, tensors: Mapping[str, Tensor]) -> tuple[Patches, Renamed]:
+    """A LoRA file's tensors as the host's patches for this model, and how its names were read."""
+    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    ready: Patches = {}
+    if lora_nunchaku.detect(tensors):
+        ready, tensors = nunchaku_lora.make_patches(model, path, tensors)
+    renamed = rename(path, tensors, key_map)
+    if ready:
+        renamed = Renamed(renamed.modules, renamed.unmatched, "Nunchaku")
+    _check_depth(path, renamed.unmatched, key_map)
+    flat = renamed.flat()
+    for module, members in renamed.modules.items():
+        if isinstance(key_map[module], tuple) and "diff_b" in members:  # the host knows no part of a bias
+            weight, *where = key_map[module]
+            ready[(f"{weight.removesuffix('.weight')}.bias", *where)] = ("diff", (members["diff_b"],))
+            del flat[f"{module}.diff_b"]
+    patches = comfy.lora.load_lora(flat, key_map, log_missing=False) | ready
+    state = model.model.state_dict().keys()
+    patches = {key: value for key, value in patches.items() if _weight_of(key) in state}
+    if not any(_changes(value) for value in patches.values()):
+        looks = guess_family(tensors)
+        raise ValueError(
+            f"{path.name}: none of its {len(tensors)} tensors, such as {next(iter(tensors), '(none)')!r}, belongs to "
+            f"this model. {f'It looks like a LoRA for {looks}. ' if looks else ''}"
+            "Choose a LoRA made for the model's family."
+        )
+    return patches, renamed
+
+
+def _weight_of(key) -> str:
+    return key if isinstance(key, str) else key[0]
+
+
+def _changes(value) -> bool:
+    """A whole model also has norm weights; they alone make no LoRA."""
+    return not (isinstance(value, tuple) and value[0] == "set")
+
+
+def _check_depth(path: Path, unmatched: Iterable[str], known: Iterable[str]) -> None:
+    depths: dict[str, int] = {}
+    for name in known:
+        for kind, index in _BLOCK.findall(name)[:1]:
+            depths[kind] = max(depths.get(kind, 0), int(index))
+    for name in unmatched:
+        for kind, index in _BLOCK.findall(name)[:1]:
+            if kind in depths and int(index) > depths[kind]:
+                raise ValueError(
+                    f"{path.name}: {name}: expected {kind} 0 to {depths[kind]}, got {index}. "
+                    "The LoRA is for a model with more blocks; choose one made for this model."
+                )
+
+
+def check(model, path: Path, patches: Patches) -> None:
+    """Raise a ValueError that names the first layer whose shape a patch does not have; widen what may be widened."""
+    for key, value in patches.items():
+        name, *rest = (key,) if isinstance(key, str) else key
+        weight = comfy.utils.get_attr(model, name)
+        shape = tuple(weight.shape)
+        rows, columns = joining.region(rest[0] if rest else None, (*shape, 1)[:2])
+        members = joining.members_of(value) or {}
+        expected = (rows.stop - rows.start, columns.stop - columns.start) if len(shape) > 1 else shape
+        if len(shape) > 2:
+            expected = (expected[0], weight[0].numel())
+        if name.endswith(_WIDENED) and _widen(value, expected):
+            continue
+        why = _vector_misfit(value, expected, rows) if len(shape) == 1 else joining.misfit(value, expected)
+        why = why or _misfit_of_others(members, expected)
+        if why:
+            raise ValueError(
+                f"{path.name}: {name}: {why}. The LoRA was made for another model; choose one made for this one."
+            )
+
+
+def _vector_misfit(value, expected: tuple[int, ...], rows: slice) -> str:
+    wanted, found = rows.stop - rows.start, value[-1][0].numel() if isinstance(value, tuple) else None
+    return "" if found == wanted else f"expected [{wanted}], got {found} numbers"
+
+
+def _misfit_of_others(members: Mapping[str, Tensor], expected: tuple[int, int]) -> str:
+    """For the adapters whose tensors do not say the size of what they change."""
+    if "oft_blocks" in members:
+        *_, count, size, _ = members["oft_blocks"].shape
+        return (
+            ""
+            if count * size == expected[0]
+            else f"expected {expected[0]} rows, got {count} blocks of {size}"
+        )
+    if "a1.weight" in members:
+        a1, a2, b1, b2 = (
+            members[n].flatten(1).shape for n in ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
+        )
+        n, k = expected
+        new = a1[0] == k == a2[1] and b1[0] == n and b2[1] == k and a1[1] == a2[0] == b1[1] == b2[0]
+        old = a2[0] == k == a1[1] and b2[0] == n and b1[1] == k and a2[1] == a1[0] == b2[1] == b1[0]
+        return (
+            "" if new or old else f"expected GLoRA factors of {list(expected)}, got {list(b1)} and {list(b2)}"
+        )
+    scale = members.get("dora_scale")
+    if scale is not None and scale.numel() not in expected:
+        return f"expected {expected[0]} or {expected[1]} DoRA magnitudes, got {scale.numel()}"
+    return ""
+
+
+def _widen(value, expected: tuple[int, int]) -> bool:
+    """Let a LoRA give the input layer more columns, as the host does for files in BFL's own naming."""
+    if not isinstance(value, LoRAAdapter):
+        return False
+    up, down, alpha, middle, dora, reshape = value.weights
+    wider = up.shape[0] == expected[0] and down.flatten(1).shape[1] > expected[1]
+    if wider and reshape is None:
+        value.weights = (up, down, alpha, middle, dora, [up.shape[0], down.flatten(1).shape[1]])
+    return wider
+
+
+def _report(model, path: Path, strength: float, renamed: Renamed, patches: Patches) -> LoraReport:
+    rank = nbytes = dense = 0
+    error = 0.0
+    for key, value in patches.items():
+        layer = comfy.utils.get_attr(model.model, _weight_of(key).rpartition(".")[0])
+        if not (
+            isinstance(layer, QuantizedLinear) and layer.quantized and _weight_of(key).endswith(".weight")
+        ):
+            continue
+        found = joining.cost(layer, (1.0, value, 1.0, None, None), model.load_device)
+        rank, nbytes = rank + found.rank, nbytes + found.nbytes
+        dense, error = dense + found.dense, max(error, found.error)
+    return LoraReport(
+        path.name, strength, renamed.naming, len(patches), renamed.unmatched, rank, nbytes, dense, error
     )
-    return tuple(name for name in tensors if name not in loaded and not name.endswith(ends))
-
-
-def _rank(patches, joined) -> int:
-    downs = (patches[key].weights[1] for key in joined if getattr(patches[key], "name", "") == "lora")
-    return sum(down.shape[0] for down in downs)

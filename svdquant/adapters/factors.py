@@ -1,0 +1,243 @@
+"""What a LoRA-like adapter adds to a weight, as low-rank branches: exact wherever its own structure is low-rank.
+
+    LoRA, LoCon   up @ down                         rank r
+    + mid         up @ (mid @ down)                 rank r, the middle of a Tucker form on a 1x1 kernel
+    LoHa          (B1 A1) * (B2 A2), element-wise   rank r1*r2: columns b1_i * b2_j, rows a1_i * a2_j
+    LoKr          W1 (x) W2                         rank r1*r2: (P1 Q1) (x) (P2 Q2) = (P1 (x) P2) (Q1 (x) Q2);
+                                                    where that is large, blocks W1[i,j] * W2 that share W2's memory
+
+What has no such form, or would be larger than the weight itself, is a dense difference. Its best low-rank part is
+taken where that reproduces it within a limit; how far it does is computed, never estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.linear import Branch
+
+MAX_BLOCKS = (
+    256  # of a Kronecker product: 16 x 16, what trainers make at most; each is a small product of its own
+)
+FIRST_SKETCH = 64
+SKETCH_EXTRA = 8
+SEED = 0
+
+Members = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """A difference as branches, and what was lost on the way.
+
+    branches  rows and columns count from the corner of the difference
+    error     ||difference - branches|| / ||difference||, 0 where the branches are exact
+    """
+
+    branches: tuple[Branch, ...]
+    error: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """Rows of the `down` factors, each tensor counted once; a dense difference counts none."""
+        unique = {id(b.down): b.down.shape[0] for b in self.branches if b.up is not None}
+        return sum(unique.values())
+
+    @property
+    def nbytes(self) -> int:
+        unique = {id(t): t.nbytes for b in self.branches for t in (b.down, b.up) if t is not None}
+        return sum(unique.values())
+
+
+def size(members: Members) -> tuple[int, int] | None:
+    """Rows and columns of the difference an adapter's tensors mean, None where the tensors do not say.
+
+    Raises ValueError where its factors do not fit each other.
+    """
+    if "lora_up.weight" in members:
+        up, down = members["lora_up.weight"].flatten(1), members["lora_down.weight"].flatten(1)
+        middle = members.get("lora_mid.weight")
+        inner = (up.shape[1],) if middle is None else (up.shape[1], *middle.shape[:2])
+        _fit("lora_up and lora_down", inner, down.shape[0])
+        return up.shape[0], down.shape[1]
+    if "hada_w1_a" in members:
+        if "hada_t1" in members:
+            return members["hada_w1_a"].shape[1], members["hada_w1_b"].shape[1]
+        halves = [(members[f"hada_w{i}_a"], members[f"hada_w{i}_b"]) for i in (1, 2)]
+        for up, down in halves:
+            _fit("hada_w_a and hada_w_b", (up.shape[1],), down.shape[0])
+        sizes = [(up.shape[0], down.flatten(1).shape[1]) for up, down in halves]
+        _fit("the two halves of a LoHa", sizes[:1], sizes[1])
+        return sizes[0]
+    if "lokr_w1" in members or "lokr_w1_a" in members:
+        (a, b), (c, d) = (_kron_size(members, f"lokr_w{i}") for i in (1, 2))
+        return a * c, b * d
+    if "a1.weight" in members:
+        return None
+    if "oft_blocks" in members:
+        return None
+    diff = members.get("diff")
+    return None if diff is None or diff.ndim < 2 else tuple(diff.flatten(1).shape)
+
+
+def _kron_size(members: Members, name: str) -> tuple[int, int]:
+    if name in members:
+        return tuple(members[name].flatten(1).shape)
+    up, down = members[f"{name}_a"], members[f"{name}_b"]
+    if name == "lokr_w2" and "lokr_t2" in members:
+        return up.shape[1], down.shape[1]
+    _fit(f"{name}_a and {name}_b", (up.shape[1],), down.shape[0])
+    return up.shape[0], down.flatten(1).shape[1]
+
+
+def _fit(what: str, found: Sequence, expected) -> None:
+    if any(x != expected for x in found):
+        raise ValueError(f"{what}: expected them to share their inner size, got {found[0]} and {expected}.")
+
+
+def factor(members: Members) -> Factored | None:
+    """The exact branches of an adapter that does not depend on the weight, None where it has none worth keeping.
+
+    members   tail -> tensor, as loaders.lora_names calls them; alpha included, `dora_scale` and the like not
+    """
+    if "lora_up.weight" in members:
+        return _lora(members)
+    if "hada_w1_a" in members and "hada_t1" not in members:
+        return _loha(members)
+    if ("lokr_w1" in members or "lokr_w1_a" in members) and "lokr_t2" not in members:
+        return _lokr(members)
+    return None
+
+
+def alpha_over(members: Members, rank: int) -> float:
+    """alpha / rank, 1 where there is no alpha."""
+    alpha = members.get("alpha")
+    return 1.0 if alpha is None else float(alpha) / rank
+
+
+def _lora(members: Members) -> Factored | None:
+    up, down = members["lora_up.weight"].flatten(1), members["lora_down.weight"].flatten(1)
+    scale = alpha_over(members, down.shape[0])
+    if "lora_mid.weight" in members:
+        middle = members["lora_mid.weight"]
+        if middle.flatten(2).shape[2:].numel() != 1:
+            return None
+        down = middle.flatten(1).float() @ down.float()
+    return Factored((_branch(down, up, scale),))
+
+
+def _loha(members: Members) -> Factored | None:
+    (b1, a1), (b2, a2) = ((members[f"hada_w{i}_a"], members[f"hada_w{i}_b"].flatten(1)) for i in (1, 2))
+    (n, k), rank = (b1.shape[0], a1.shape[1]), a1.shape[0] * a2.shape[0]
+    if not _worth(rank, n, k):
+        return None
+    up = (b1.float().unsqueeze(2) * b2.float().unsqueeze(1)).flatten(1)
+    down = (a1.float().unsqueeze(1) * a2.float().unsqueeze(0)).flatten(0, 1)
+    return Factored((_branch(down, up, alpha_over(members, a1.shape[0])),))
+
+
+def _lokr(members: Members) -> Factored | None:
+    halves = [_halves(members, f"lokr_w{i}") for i in (1, 2)]
+    pairs = [members.get(f"lokr_w{i}_b") for i in (1, 2) if f"lokr_w{i}" not in members]
+    scale = alpha_over(members, pairs[-1].shape[0]) if pairs else 1.0  # the whole form knows no alpha
+    (p1, q1), (p2, q2) = halves
+    if _worth(p1.shape[1] * p2.shape[1], p1.shape[0] * p2.shape[0], q1.shape[1] * q2.shape[1]):
+        return Factored((_branch(torch.kron(q1, q2), torch.kron(p1, p2), scale),))
+    return _blocks(p1 @ q1, members, scale)
+
+
+def _halves(members: Members, name: str) -> tuple[Tensor, Tensor]:
+    """A factor as a product of two, the smaller inner size first: W = W I or I W."""
+    if name not in members:
+        return members[f"{name}_a"].float(), members[f"{name}_b"].flatten(1).float()
+    w = members[name].flatten(1).float()
+    n, k = w.shape
+    return (w, torch.eye(k, device=w.device)) if k <= n else (torch.eye(n, device=w.device), w)
+
+
+def _blocks(w1: Tensor, members: Members, scale: float) -> Factored | None:
+    """W1 (x) W2 as blocks W1[i,j] * W2 that all use one W2."""
+    if w1.numel() > MAX_BLOCKS:
+        return None
+    if "lokr_w2" in members:
+        down, up = members["lokr_w2"].flatten(1), None
+        height, width = down.shape
+    else:
+        down, up = members["lokr_w2_b"].flatten(1), members["lokr_w2_a"]
+        height, width = up.shape[0], down.shape[1]
+    return Factored(
+        tuple(
+            Branch(down, up, value * scale, _run(i, height), _run(j, width))
+            for i, row in enumerate(w1.tolist())
+            for j, value in enumerate(row)
+            if value
+        )
+    )
+
+
+def _run(index: int, length: int) -> slice:
+    return slice(index * length, (index + 1) * length)
+
+
+def _branch(down: Tensor, up: Tensor, scale: float) -> Branch:
+    return Branch(down, up, scale, slice(0, up.shape[0]), slice(0, down.shape[1]))
+
+
+def _worth(rank: int, n: int, k: int) -> bool:
+    """Whether fp32 factors of this rank take less memory than a 16-bit weight."""
+    return 2 * rank * (n + k) < n * k
+
+
+def whole(delta: Tensor, dtype: torch.dtype) -> Factored:
+    """A difference kept as it is: [n, k] fp32 -> one dense branch in `dtype`."""
+    dense = Branch(delta.to(dtype), None, 1.0, slice(0, delta.shape[0]), slice(0, delta.shape[1]))
+    return Factored((dense,))
+
+
+def truncated(delta: Tensor, limit: float) -> Factored | None:
+    """The fewest ranks that reproduce a difference within a relative error, None where too many are needed.
+
+    delta    [n, k]  fp32
+    limit            largest ||delta - up @ down|| / ||delta||
+
+    A seeded random sketch finds the range (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4). The error
+    returned is measured on the result.
+    """
+    n, k = delta.shape
+    total = float(delta.double().square().sum())
+    if not total:
+        return Factored(())
+    sketch = min(FIRST_SKETCH, n, k)
+    while True:
+        basis = _range(delta, min(sketch + SKETCH_EXTRA, n, k))
+        inner = basis.T @ delta
+        lost = total - float(inner.double().square().sum())
+        if lost <= (0.9 * limit) ** 2 * total:
+            return _trimmed(delta, basis, inner, limit)
+        if not _worth(2 * sketch, n, k) or sketch >= min(n, k) or lost > 0.25 * total:
+            return None
+        sketch = min(2 * sketch, n, k)
+
+
+def _range(delta: Tensor, width: int) -> Tensor:
+    """An orthonormal basis of what `width` random directions, sharpened once, see of a matrix."""
+    generator = torch.Generator().manual_seed(SEED)
+    probe = torch.randn(delta.shape[1], width, generator=generator).to(delta)
+    basis = torch.linalg.qr(delta @ probe).Q
+    return torch.linalg.qr(delta @ torch.linalg.qr(delta.T @ basis).Q).Q
+
+
+def _trimmed(delta: Tensor, basis: Tensor, inner: Tensor, limit: float) -> Factored | None:
+    total, captured = (float(x.double().square().sum()) for x in (delta, inner))
+    u, s, vt = torch.linalg.svd(inner, full_matrices=False)
+    tails = s.double().square().flip(0).cumsum(0).flip(0)  # energy of rank i and all after it
+    rank = int((total - captured + tails > (0.99 * limit) ** 2 * total).sum())
+    if not _worth(rank, *delta.shape):
+        return None
+    branch = _branch(vt[:rank].contiguous(), (basis @ u[:, :rank]) * s[:rank], 1.0)
+    error = float((delta - branch.up @ branch.down).norm() / delta.norm())
+    return Factored((branch,), error) if error <= limit else None

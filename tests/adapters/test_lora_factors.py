@@ -1,0 +1,160 @@
+"""Adapters as branches, against their definitions in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from svdquant_nodes.svdquant.adapters import factors
+from svdquant_nodes.tests import layers, lora_oracle
+from svdquant_nodes.tests.tolerances import assert_close
+
+N, K = 96, 64
+
+
+def random(*shape, seed, dtype=torch.float32):
+    return layers.random(*shape, seed=seed, dtype=dtype)
+
+
+def lora(rank=4, dtype=torch.float32, **more):
+    return {
+        "lora_up.weight": random(N, rank, seed=1, dtype=dtype),
+        "lora_down.weight": random(rank, K, seed=2, dtype=dtype),
+        **more,
+    }
+
+
+def loha(rank=2, **more):
+    halves = {f"hada_w{i}_a": random(N, rank, seed=i) for i in (1, 2)}
+    return halves | {f"hada_w{i}_b": random(rank, K, seed=i + 2) for i in (1, 2)} | more
+
+
+def lokr(form, a=3, b=2, **more):
+    """W1 [a, b], W2 [N/a, K/b], each whole or thin as `form` says: "ww", "tw", "wt", "tt"."""
+    members = {}
+    for i, (kind, n, k) in enumerate(zip(form, (a, N // a), (b, K // b), strict=True), 1):
+        if kind == "w":
+            members[f"lokr_w{i}"] = random(n, k, seed=10 * i)
+        else:
+            members |= {f"lokr_w{i}_a": random(n, 2, seed=10 * i), f"lokr_w{i}_b": random(2, k, seed=11 * i)}
+    return members | more
+
+
+def dense(found):
+    """The branches as one matrix, in float64."""
+    total = torch.zeros(N, K, dtype=torch.float64)
+    for b in found.branches:
+        whole = b.down.double() if b.up is None else b.up.double() @ b.down.double()
+        total[b.rows, b.columns] += b.strength * whole
+    return total
+
+
+ALPHA = {"alpha": torch.tensor(3.0)}
+CASES = {
+    "lora": lora(),
+    "lora-alpha": lora(**ALPHA),
+    "lora-bf16": lora(dtype=torch.bfloat16, **ALPHA),
+    "locon-mid": lora(**{"lora_mid.weight": random(4, 4, 1, 1, seed=3)}, **ALPHA),
+    "loha": loha(),
+    "loha-alpha": loha(**ALPHA),
+    "lokr-whole-whole": lokr("ww"),
+    "lokr-whole-ignores-alpha": lokr("ww", **ALPHA),
+    "lokr-thin-whole": lokr("tw", **ALPHA),
+    "lokr-whole-thin": lokr("wt", **ALPHA),
+    "lokr-thin-thin": lokr("tt", **ALPHA),
+    "lokr-of-one": lokr("wt", a=1, b=1),
+}
+
+
+@pytest.mark.parametrize("members", CASES.values(), ids=CASES)
+def test_exact(members):
+    found = factors.factor(members)
+    assert found.error == 0
+    assert_close(dense(found), lora_oracle.low_rank(members), "fp32_sum")
+
+
+@pytest.mark.parametrize("members", CASES.values(), ids=CASES)
+def test_size_is_told_beforehand(members):
+    assert factors.size(members) == (N, K)
+
+
+def test_a_plain_pair_is_not_copied():
+    members = lora()
+    [branch] = factors.factor(members).branches
+    assert branch.down.data_ptr() == members["lora_down.weight"].data_ptr()
+    assert branch.up.data_ptr() == members["lora_up.weight"].data_ptr()
+
+
+def test_ranks():
+    assert factors.factor(lora()).rank == 4
+    assert factors.factor(loha(rank=3)).rank == 9
+    assert factors.factor(lokr("wt", a=3, b=2)).rank == 4  # two columns of W1 times the rank of W2
+    assert factors.factor(lokr("tt", a=3, b=2)).rank == 4
+
+
+def test_blocks_of_a_kronecker_product_share_their_memory():
+    members = lokr("ww", a=4, b=4)
+    found = factors.factor(members)
+    assert len(found.branches) == 16
+    assert found.nbytes == members["lokr_w2"].nbytes
+
+
+def test_what_costs_more_than_the_weight_has_no_factors():
+    assert factors.factor(loha(rank=8)) is None
+    assert factors.factor(lokr("ww", a=32, b=16)) is None  # 512 blocks
+    assert factors.factor(lora(**{"lora_mid.weight": random(4, 4, 3, 3, seed=3)})) is None
+
+
+BROKEN = {
+    "lora": lora() | {"lora_down.weight": random(5, K, seed=1)},
+    "mid": lora() | {"lora_mid.weight": random(4, 5, 1, 1, seed=1)},
+    "loha-half": loha() | {"hada_w1_b": random(3, K, seed=1)},
+    "loha-halves": loha() | {"hada_w1_a": random(N + 1, 2, seed=1)},
+    "lokr": lokr("tt") | {"lokr_w1_b": random(3, 2, seed=1)},
+}
+
+
+@pytest.mark.parametrize("members", BROKEN.values(), ids=BROKEN)
+def test_factors_that_do_not_fit_each_other(members):
+    with pytest.raises(ValueError, match="expected them to share their inner size"):
+        factors.size(members)
+
+
+def spectrum(values, n=256, k=192):
+    """A matrix with these singular values."""
+    u, v = (torch.linalg.qr(layers.random(size, len(values), seed=size)).Q for size in (n, k))
+    return (u * torch.tensor(values)) @ v.T
+
+
+class TestTruncated:
+    """256 x 192: fp32 factors pay up to rank 54."""
+
+    def test_keeps_the_fewest_ranks_within_the_limit(self):
+        # 10 values of 1 and 90 of 1e-3: what is left after all ten is sqrt(90) * 1e-3 / sqrt(10) = 3.0e-3
+        delta = spectrum([1.0] * 10 + [1e-3] * 90)
+        found = factors.truncated(delta, 4e-3)
+        assert found.rank == 10
+        assert found.error == pytest.approx(3.0e-3, rel=0.05)
+        [branch] = found.branches
+        assert_close(
+            (delta - branch.up @ branch.down).norm() / delta.norm(), torch.tensor(found.error), "fp32_sum"
+        )
+
+    def test_exactly_low_rank(self):
+        found = factors.truncated(spectrum([3.0, 2.0, 1.0]), 1e-3)
+        assert found.rank == 3
+        assert found.error < 1e-5
+
+    def test_gives_up_on_full_rank(self):
+        assert factors.truncated(layers.random(256, 192, seed=1), 1e-3) is None
+
+    def test_gives_up_where_it_would_not_pay(self):
+        assert factors.truncated(spectrum([1.0] * 60), 1e-3) is None
+
+    def test_is_the_same_every_time(self):
+        delta = spectrum([1.0, 0.5, 0.1])
+        first, second = (factors.truncated(delta, 1e-3).branches[0] for _ in range(2))
+        assert torch.equal(first.down, second.down) and torch.equal(first.up, second.up)
+
+    def test_nothing_needs_no_branch(self):
+        assert factors.truncated(torch.zeros(8, 8), 1e-3).branches == ()

@@ -1,0 +1,211 @@
+"""Every trainer's spelling of a LoRA tensor's name leads to the one layer it means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdquant_nodes.loaders.lora_names import guess_family, naming, rename, split
+
+FILE = Path("some.safetensors")
+KNOWN = {
+    "diffusion_model.double_blocks.0.img_attn.qkv": "qkv",
+    "lora_unet_double_blocks_0_img_attn_qkv": "qkv",
+    "diffusion_model.double_blocks.0.txt_attn.proj": "text out",
+    "diffusion_model.single_blocks.1.linear1_qkv": "linear1 qkv",
+    "diffusion_model.single_blocks.1.linear2": "linear2",
+    "diffusion_model.double_blocks.0.img_attn.norm.key_norm": "key norm",
+    "diffusion_model.img_in": "img_in",
+    "transformer.transformer_blocks.0.attn.to_q": ("qkv", (0, 0, 4)),
+    "lora_transformer_transformer_blocks_0_attn_to_q": ("qkv", (0, 0, 4)),
+    "transformer.transformer_blocks.0.attn.to_out.0": "image out",
+    "transformer.transformer_blocks.0.attn.norm_k": "key norm",
+}
+Q = "transformer.transformer_blocks.0.attn.to_q"
+FLAT_Q = "lora_transformer_transformer_blocks_0_attn_to_q"
+SPELLINGS = {
+    "diffusers": ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", Q, "lora_down.weight"),
+    "no-prefix": ("transformer_blocks.0.attn.to_q.lora_B.weight", Q, "lora_up.weight"),
+    "peft": ("base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight", Q, "lora_down.weight"),
+    "peft-named": (
+        "base_model.model.transformer_blocks.0.attn.to_q.lora_A.default.weight",
+        Q,
+        "lora_down.weight",
+    ),
+    "peft-in-diffusers": (
+        "transformer.base_model.model.transformer_blocks.0.attn.to_q.lora_B.weight",
+        Q,
+        "lora_up.weight",
+    ),
+    "peft-dora": ("transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector", Q, "dora_scale"),
+    "processor": ("transformer_blocks.0.attn.processor.to_q_lora.up.weight", Q, "lora_up.weight"),
+    "dotted-lora": ("transformer_blocks.0.attn.to_q.lora.down.weight", Q, "lora_down.weight"),
+    "linear-layer": (
+        "unet.transformer_blocks.0.attn.to_q.lora_linear_layer.down.weight",
+        Q,
+        "lora_down.weight",
+    ),
+    "bare-letters": ("transformer_blocks.0.attn.to_q.lora_A", Q, "lora_down.weight"),
+    "kohya-diffusers": (
+        "lora_transformer_transformer_blocks_0_attn_to_q.lora_up.weight",
+        FLAT_Q,
+        "lora_up.weight",
+    ),
+    "kohya-unet-diffusers": ("lora_unet_transformer_blocks_0_attn_to_q.alpha", FLAT_Q, "alpha"),
+    "lycoris": ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", FLAT_Q, "lokr_w1"),
+    "to-out-without-0": (
+        "transformer_blocks.0.attn.to_out.lora_A.weight",
+        "transformer.transformer_blocks.0.attn.to_out.0",
+        "lora_down.weight",
+    ),
+    "kohya": (
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+        "lora_unet_double_blocks_0_img_attn_qkv",
+        "lora_down.weight",
+    ),
+    "comfy": (
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight",
+        "diffusion_model.double_blocks.0.img_attn.qkv",
+        "lora_up.weight",
+    ),
+    "fused-by-nunchaku": (
+        "transformer_blocks.0.attn.to_qkv.lora_A.weight",
+        "diffusion_model.double_blocks.0.img_attn.qkv",
+        "lora_down.weight",
+    ),
+    "xlabs-image": (
+        "double_blocks.0.processor.qkv_lora1.down.weight",
+        "diffusion_model.double_blocks.0.img_attn.qkv",
+        "lora_down.weight",
+    ),
+    "xlabs-text": (
+        "double_blocks.0.processor.proj_lora2.up.weight",
+        "diffusion_model.double_blocks.0.txt_attn.proj",
+        "lora_up.weight",
+    ),
+    "xlabs-single": (
+        "single_blocks.1.processor.qkv_lora.down.weight",
+        "diffusion_model.single_blocks.1.linear1_qkv",
+        "lora_down.weight",
+    ),
+    "xlabs-single-out": (
+        "diffusion_model.single_blocks.1.processor.proj_lora.up.weight",
+        "diffusion_model.single_blocks.1.linear2",
+        "lora_up.weight",
+    ),
+    "bfl-bias": ("img_in.lora_B.bias", "diffusion_model.img_in", "diff_b"),
+    "bfl-norm": (
+        "double_blocks.0.img_attn.norm.key_norm.scale",
+        "diffusion_model.double_blocks.0.img_attn.norm.key_norm",
+        "set_weight",
+    ),
+    "diffusers-norm": (
+        "transformer.transformer_blocks.0.attn.norm_k.weight",
+        "transformer.transformer_blocks.0.attn.norm_k",
+        "set_weight",
+    ),
+}
+# what else must be there for a tensor of this kind to be accepted
+PARTNERS = {"lora_down.weight": "lora_up.weight", "lora_up.weight": "lora_down.weight", "lokr_w1": "lokr_w2"}
+
+
+def tensor(*shape):
+    return torch.ones(*shape or (2, 2))
+
+
+@pytest.mark.parametrize(("name", "module", "tail"), SPELLINGS.values(), ids=SPELLINGS)
+def test_spelling(name, module, tail):
+    tensors = {name: tensor()}
+    if tail in PARTNERS:
+        tensors[f"{module}.{PARTNERS[tail]}"] = tensor()
+    elif tail in ("alpha", "dora_scale"):
+        tensors |= {f"{module}.{end}": tensor() for end in ("lora_up.weight", "lora_down.weight")}
+        tensors[name] = torch.ones(()) if tail == "alpha" else torch.ones(2)
+    renamed = rename(FILE, tensors, KNOWN)
+    assert renamed.unmatched == ()
+    assert tail in renamed.modules[module]
+    assert set(renamed.flat()) == {f"{module}.{t}" for t in renamed.modules[module]}
+
+
+def test_peft_magnitudes_become_a_column():
+    down_up = {f"{Q}.lora_A.weight": tensor(), f"{Q}.lora_B.weight": tensor()}
+    renamed = rename(FILE, {**down_up, f"{Q}.lora_magnitude_vector": torch.ones(2)}, KNOWN)
+    assert renamed.modules[Q]["dora_scale"].shape == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("lora_unet_double_blocks_0_img_attn_qkv.alpha", "kohya"),
+        ("lora_unet_single_transformer_blocks_0_norm_linear.alpha", "kohya on diffusers modules"),
+        ("double_blocks.0.processor.qkv_lora1.down.weight", "XLabs"),
+        ("base_model.model.x.lora_A.weight", "PEFT"),
+        ("diffusion_model.x.lora_A.weight", "ComfyUI"),
+        ("double_blocks.0.img_attn.qkv.lora_A.weight", "BFL"),
+        ("lycoris_x.lokr_w1", "LyCORIS"),
+        ("transformer.x.lora_A.weight", "diffusers"),
+    ],
+)
+def test_naming_is_told(name, label):
+    assert naming(name) == label
+
+
+PAIR = {f"{Q}.lora_A.weight": tensor(), f"{Q}.lora_B.weight": tensor()}
+INCOMPLETE = {
+    "half-a-pair": (
+        {f"{Q}.lora_A.weight": tensor()},
+        "lora_A.weight: expected lora_up.weight beside it, got none",
+    ),
+    "half-a-loha": ({f"{Q}.hada_w1_a": tensor(), f"{Q}.hada_w1_b": tensor()}, "expected hada_w2_a beside it"),
+    "one-factor-of-a-lokr": ({f"{Q}.lokr_w1": tensor()}, "expected lokr_w2 beside it"),
+    "half-a-factor": ({f"{Q}.lokr_w1_a": tensor(), f"{Q}.lokr_w2": tensor()}, "expected lokr_w1_b beside it"),
+    "glora": ({f"{Q}.a1.weight": tensor(), f"{Q}.b1.weight": tensor()}, "expected a2.weight beside it"),
+    "twice": (
+        {**PAIR, f"{FLAT_Q}.lora_up.weight": tensor()},
+        "expected one lora_up.weight for this layer, got also",
+    ),
+    "two-adapters": (
+        {**PAIR, f"{Q}.diff": tensor()},
+        "expected one adapter for this layer, got LoRA and difference",
+    ),
+    "alpha": ({**PAIR, f"{Q}.alpha": torch.ones(3)}, r"expected one number, got shape \[3\]"),
+    "oft-of-two-axes": ({f"{Q}.oft_blocks": tensor()}, "expected square blocks on three axes"),
+    "rescale-alone": ({f"{Q}.rescale": tensor()}, "expected oft_blocks beside it"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "message"), INCOMPLETE.values(), ids=INCOMPLETE)
+def test_incomplete_is_refused(tensors, message):
+    with pytest.raises(ValueError, match=rf"some\.safetensors.*{message}"):
+        rename(FILE, tensors, KNOWN)
+
+
+def test_what_belongs_nowhere_is_listed_as_the_file_has_it():
+    strays = {"lora_te1_text_model_x.lora_up.weight": tensor(), f"{FLAT_Q}.alpha": torch.ones(())}
+    renamed = rename(FILE, strays, KNOWN)
+    assert renamed.modules == {}
+    assert set(renamed.unmatched) == set(strays)  # an alpha alone is no adapter
+
+
+def test_a_boft_gets_the_alpha_that_hosts_need():
+    assert float(rename(FILE, {f"{Q}.oft_blocks": torch.ones(1, 2, 2, 2)}, KNOWN).modules[Q]["alpha"]) == 0
+
+
+def test_no_lora_tensor_has_no_tail():
+    assert split("double_blocks.0.img_attn.qkv.weight") == ("double_blocks.0.img_attn.qkv.weight", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("lora_unet_input_blocks_4_1_proj_in.alpha", "SDXL or Stable Diffusion"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.alpha", "FLUX"),
+        ("transformer_blocks.0.img_mlp.net.2.lora_A.weight", "Qwen-Image"),
+        ("lora_te1_text_model.alpha", "a text encoder only"),
+        ("something.else", ""),
+    ],
+)
+def test_family_is_guessed_for_the_message(name, family):
+    assert guess_family([name]) == family
