@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 from comfy_api.latest import io, ui
 
 from ..loaders.detect import open_checkpoint
@@ -32,5 +33,7 @@ class SVDQuantInspect(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
-        text = report.as_text(report.describe(open_checkpoint(folders.find(folders.MODELS, model_name))))
+        described = report.describe(open_checkpoint(folders.find(folders.MODELS, model_name)))
+        device = comfy.model_management.get_torch_device()
+        text = f"{report.as_text(described)}\n{report.computed_by(described, device)}"
         return io.NodeOutput(text, ui=ui.PreviewText(text))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...loaders.checkpoint import Checkpoint
 from ...loaders.detect import open_checkpoint
-from ..core import reference
 from ..core.weights import LinearWeights
+from ..kernels import ops as kernel_ops
 from . import branches, layout
 from .families import Family, Mapped, Role, apply_role, resolve
 from .family import assemble, straighten, take_share
@@ -25,7 +25,7 @@ from .operations import make_operations, quantized_linears
 log = logging.getLogger("svdquant-nodes")
 
 
-def load_model(path: str | Path, ops: ModuleType = reference, disable_dynamic: bool = False):
+def load_model(path: str | Path, ops: ModuleType = kernel_ops, disable_dynamic: bool = False):
     """Load an SVDQuant checkpoint as an ordinary host MODEL (a ModelPatcher).
 
     path             file or folder in any dialect
@@ -155,11 +155,12 @@ def _report(checkpoint: Checkpoint, family: Family, mapped: Mapped, patcher, sec
         )
     layers = [layer for _, layer in quantized_linears(patcher.model)]
     log.info(
-        "SVDQuant: %s (%s, %s): %d quantized layers, %.1f MB, reference ops in torch, loaded in %.1f s",
+        "SVDQuant: %s (%s, %s): %d quantized layers, %.1f MB, computed by %s, loaded in %.1f s",
         checkpoint.path.name,
         checkpoint.dialect,
         family.name,
         len(layers),
         sum(layer.weight.nbytes for layer in layers) / 2**20,
+        kernel_ops.describe(patcher.load_device.type, patcher.load_device.index),
         seconds,
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import torch
+
 from ...loaders.checkpoint import Checkpoint
+from ..kernels import ops, select
 from .families import Role, resolve
 
 
@@ -69,6 +72,22 @@ def _layer(name: str, info, role: Role) -> LayerReport:
         act_shift=shift,
         nbytes=info.nbytes,
     )
+
+
+_GEMM = {"int4": "gemm_int4", "nvfp4": "gemm_nvfp4", "awq": "gemv_awq"}
+
+
+def computed_by(report: CheckpointReport, device: torch.device) -> str:
+    """What computes the layers of each format on a device, and why nothing faster does: one line a format.
+
+    Builds the device's kernels if they have not been needed before.
+    """
+    lines = []
+    for precision in sorted({layer.precision for layer in report.layers}):
+        request = select.Request(_GEMM[precision], "bfloat16")
+        choice = ops.choose(ops.wanted(request), device.type, device.index)
+        lines.append(f"{precision} layers on {device}: {choice.sentence()}")
+    return "\n".join(lines)
 
 
 def as_text(report: CheckpointReport) -> str:

@@ -1,18 +1,20 @@
 """The op set on any device: same names and signatures as core.reference, each call sent where its tensors are.
 
 A call on a device whose kernels can be had goes to `torch.ops.svdquant`, an opaque op that torch.compile keeps whole;
-any other goes to core.reference. The first call on a device builds or loads its library. One model may run on several
-devices, and this module is the op set for all of them; `OpSet("avx2")` is one that insists on a spelling.
+any other goes to core.reference or core.weight_only, as select.py says. The first call on a device builds or loads its
+library. One model may run on several devices, and this module is the op set for all of them; `OpSet("avx2")` is one
+that insists on a spelling.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from ..core import reference
+from ..core import reference, weight_only
 from ..core.weights import LinearWeights
 from . import jit, select
 
@@ -94,16 +96,22 @@ def choose(request: select.Request, kind: str, index: int | None = None) -> sele
     return select.choose(device(kind, index), request)
 
 
+def wanted(request: select.Request) -> select.Request:
+    """The same request with the word of SVDQUANT_KERNELS."""
+    return replace(request, wanted=jit.settings().kernels)
+
+
 @torch.compiler.assume_constant_result
 def _spelling(op: str, wanted: str | None, dtype: torch.dtype, kind: str, index: int | None) -> str:
-    """The name of the spelling to call with, "" for the reference."""
+    """The name of the spelling to call with."""
     name = str(dtype).removeprefix("torch.")
     request = select.Request(op, name, wanted=wanted or jit.settings().kernels)
-    found = choose(request, kind, index).spelling
-    return "" if found == select.REFERENCE else found
+    return choose(request, kind, index).spelling
 
 
 # ---- the ops ----
+
+PLAIN = {select.REFERENCE: reference, select.WEIGHT_ONLY: weight_only}
 
 
 class OpSet:
@@ -115,57 +123,66 @@ class OpSet:
     def __init__(self, wanted: str | None = None) -> None:
         self.wanted = wanted
 
-    def _native(self, op: str, x: Tensor, dtype: torch.dtype) -> str:
-        """The spelling to call with, "" for the reference."""
+    def _choose(self, op: str, x: Tensor, dtype: torch.dtype) -> str:
+        """The spelling to call with."""
         return _spelling(op, self.wanted, dtype, x.device.type, x.device.index)
+
+    def _choose_gemm(self, op: str, codes: Tensor, scales: Tensor | None, weights: LinearWeights) -> str:
+        """The spelling that can multiply what its quantizer made; no scales means unquantized activations."""
+        if scales is None:
+            return select.WEIGHT_ONLY
+        dtype = torch.float32 if op == "gemm_nvfp4" else scales.dtype
+        usual = weights.spec.group == select.GROUPS[op]
+        spelling = self._choose(op, codes, dtype) if usual else select.REFERENCE
+        return select.REFERENCE if spelling == select.WEIGHT_ONLY else spelling
 
     def quantize_int4(self, x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Signed int4 activations; see core.reference.quantize_int4."""
-        if spelling := self._native("quantize_int4", x, x.dtype):
-            return torch.ops.svdquant.quantize_int4(x, smooth, down, spelling)
-        return reference.quantize_int4(x, smooth, down)
+        spelling = self._choose("quantize_int4", x, x.dtype)
+        if spelling in PLAIN:
+            return PLAIN[spelling].quantize_int4(x, smooth, down)
+        return torch.ops.svdquant.quantize_int4(x, smooth, down, spelling)
 
     def quantize_int4_unsigned(
         self, x: Tensor, smooth: Tensor, down: Tensor, shift: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Unsigned int4 activations of x + shift; see core.reference.quantize_int4_unsigned."""
-        if spelling := self._native("quantize_int4_unsigned", x, x.dtype):
-            return torch.ops.svdquant.quantize_int4_unsigned(x, smooth, down, shift, spelling)
-        return reference.quantize_int4_unsigned(x, smooth, down, shift)
+        spelling = self._choose("quantize_int4_unsigned", x, x.dtype)
+        if spelling in PLAIN:
+            return PLAIN[spelling].quantize_int4_unsigned(x, smooth, down, shift)
+        return torch.ops.svdquant.quantize_int4_unsigned(x, smooth, down, shift, spelling)
 
     def quantize_nvfp4(self, x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """e2m1 activations; see core.reference.quantize_nvfp4."""
-        if spelling := self._native("quantize_nvfp4", x, x.dtype):
-            return torch.ops.svdquant.quantize_nvfp4(x, smooth, down, spelling)
-        return reference.quantize_nvfp4(x, smooth, down)
+        spelling = self._choose("quantize_nvfp4", x, x.dtype)
+        if spelling in PLAIN:
+            return PLAIN[spelling].quantize_nvfp4(x, smooth, down)
+        return torch.ops.svdquant.quantize_nvfp4(x, smooth, down, spelling)
 
     def gemm_int4(self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
         """W4A4 GEMM with branch and bias; see core.reference.gemm_int4."""
-        w = weights
-        usual = w.spec.group == select.GROUPS["gemm_int4"]
-        if usual and (spelling := self._native("gemm_int4", codes, scales.dtype)):
-            return torch.ops.svdquant.gemm_int4(
-                codes, scales, hidden, w.codes, w.scales, w.up, w.bias, spelling
-            )
-        return reference.gemm_int4(codes, scales, hidden, w)
+        w, spelling = weights, self._choose_gemm("gemm_int4", codes, scales, weights)
+        if spelling in PLAIN:
+            return PLAIN[spelling].gemm_int4(codes, scales, hidden, w)
+        return torch.ops.svdquant.gemm_int4(codes, scales, hidden, w.codes, w.scales, w.up, w.bias, spelling)
 
     def gemm_nvfp4(self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
         """NVFP4 GEMM with branch and bias; see core.reference.gemm_nvfp4."""
-        w = weights
-        usual = w.spec.group == select.GROUPS["gemm_nvfp4"]
-        if usual and (spelling := self._native("gemm_nvfp4", codes, hidden.dtype)):
-            return torch.ops.svdquant.gemm_nvfp4(
-                codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias, spelling
-            )
-        return reference.gemm_nvfp4(codes, scales, hidden, w)
+        w, spelling = weights, self._choose_gemm("gemm_nvfp4", codes, scales, weights)
+        if spelling in PLAIN:
+            return PLAIN[spelling].gemm_nvfp4(codes, scales, hidden, w)
+        return torch.ops.svdquant.gemm_nvfp4(
+            codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias, spelling
+        )
 
     def gemv_awq(self, x: Tensor, weights: LinearWeights) -> Tensor:
         """W4A16 product with the bias; see core.reference.gemv_awq."""
-        w = weights
-        usual = w.spec.group % select.GROUPS["gemv_awq"] == 0
-        if usual and (spelling := self._native("gemv_awq", x, x.dtype)):
-            return torch.ops.svdquant.gemv_awq(x, w.codes, w.scales, w.zeros, w.bias, spelling)
-        return reference.gemv_awq(x, w)
+        w, spelling = weights, self._choose("gemv_awq", x, x.dtype)
+        if w.spec.group % select.GROUPS["gemv_awq"] and spelling not in PLAIN:
+            spelling = select.REFERENCE
+        if spelling in PLAIN:
+            return PLAIN[spelling].gemv_awq(x, w)
+        return torch.ops.svdquant.gemv_awq(x, w.codes, w.scales, w.zeros, w.bias, spelling)
 
 
 _default = OpSet()
@@ -179,5 +196,4 @@ gemv_awq = _default.gemv_awq
 
 def describe(kind: str, index: int | None = None) -> str:
     """What computes a W4A4 layer on a device, in words for a log: "avx2 (not avx512: ...)"."""
-    request = select.Request("gemm_int4", "bfloat16", wanted=jit.settings().kernels)
-    return choose(request, kind, index).sentence()
+    return choose(wanted(select.Request("gemm_int4", "bfloat16")), kind, index).sentence()

@@ -1,7 +1,8 @@
 """Which spelling of an op runs where: pure functions of what is asked, with the reasons against every other.
 
 A spelling is one way to write the ops for one kind of processor. The table lists all there are, best first on each
-device; the first that has nothing against it is chosen, and where all have, the reference ops run.
+device; the first that has nothing against it is chosen. Where all have, the CPU runs core.reference, which means the
+same to the bit; any other device runs core.weight_only, which is faster there and more accurate than W4A4.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-REFERENCE = "reference"
+REFERENCE, WEIGHT_ONLY = "reference", "weight_only"  # op sets in plain torch, for any device
+UNBUILT = "not built in this version"
 QUANTIZERS = ("quantize_int4", "quantize_int4_unsigned", "quantize_nvfp4")
 GEMMS = ("gemm_int4", "gemm_nvfp4")
 OPS = (*QUANTIZERS, *GEMMS, "gemv_awq")
@@ -117,12 +119,14 @@ class Choice:
 
     def sentence(self) -> str:
         """For people: "avx2 (not avx512: this processor has no avx512)"."""
-        reasons = "; ".join(f"not {name}: {', '.join(why)}" for name, why in self.against.items())
-        return f"{self.spelling} ({reasons})" if reasons else self.spelling
+        unbuilt = [name for name, why in self.against.items() if UNBUILT in why]
+        parts = [f"not {name}: {', '.join(why)}" for name, why in self.against.items() if name not in unbuilt]
+        parts += [f"{UNBUILT}: {', '.join(unbuilt)}"] if unbuilt else []
+        return f"{self.spelling} ({'; '.join(parts)})" if parts else self.spelling
 
 
 def choose(device: Device, request: Request) -> Choice:
-    """The first spelling with nothing against it, else the reference ops."""
+    """The first spelling with nothing against it, else an op set in plain torch."""
     against: dict[str, tuple[str, ...]] = {}
     for row in SPELLINGS:
         if row.device != device.type or request.op not in row.ops:
@@ -131,7 +135,9 @@ def choose(device: Device, request: Request) -> Choice:
         if not why:
             return Choice(row.name, against)
         against[row.name] = why
-    return Choice(REFERENCE, against or {"kernels": (f"none is written for {request.op} on {device.type}",)})
+    exact = device.type == "cpu" or request.wanted in ("off", REFERENCE)
+    plain = REFERENCE if exact and request.wanted != WEIGHT_ONLY else WEIGHT_ONLY
+    return Choice(plain, against or {"kernels": (f"none is written for {request.op} on {device.type}",)})
 
 
 def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
@@ -141,7 +147,7 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
     wrong_group = group % usual if request.op == "gemv_awq" else group != usual
     too_many = row.most_tokens is not None and request.tokens is not None and request.tokens > row.most_tokens
     checks = (
-        (not row.built, "not built in this version"),
+        (not row.built, UNBUILT),
         (request.wanted == "off", "SVDQUANT_KERNELS is off"),
         (request.wanted not in ("auto", "off", row.name), f"SVDQUANT_KERNELS asks for {request.wanted}"),
         (bool(device.missing), device.missing),

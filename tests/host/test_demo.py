@@ -139,6 +139,7 @@ def test_inspect_describes_the_file(comfy):
     assert text.startswith(f"{INT4.name}: nunchaku_v1, FLUX.1")
     assert "transformer_blocks.0.mlp_fc2" in text
     assert "shift 0.171875" in text
+    assert "int4 layers on cpu: " in text
 
 
 def test_interrupt_then_a_good_prompt(comfy, drawing):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from svdquant_nodes.svdquant.core import linear, reference
+from svdquant_nodes.svdquant.core import linear, reference, weight_only
 from svdquant_nodes.svdquant.core.linear import Branch, Part
 from svdquant_nodes.svdquant.kernels import ops, select
 from svdquant_nodes.tests import layers
@@ -121,10 +122,19 @@ def test_double_precision_goes_to_the_reference():
     assert got[1].dtype == torch.float64 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_other_devices_go_to_the_reference():
+def test_other_devices_multiply_without_quantizing_activations():
     x, w = inputs("int4")
-    codes, scales, hidden = ops.quantize_int4(x.to("meta"), w.smooth.to("meta"), w.down.to("meta"))
-    assert codes.is_meta and codes.shape == (5, 128) and scales.shape == (5, 2) and hidden.shape == (5, 8)
+    on_meta = dataclasses.replace(w, **{name: t.to("meta") for name, t in w.tensors().items()})
+    made = ops.quantize_int4(x.to("meta"), on_meta.smooth, on_meta.down)
+    assert made[0].is_meta and made[0].dtype == x.dtype and made[1] is None
+    assert ops.gemm_int4(*made, on_meta).shape == (5, w.out_features)
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_weight_only_by_name(name):
+    x, w = inputs(name)
+    expected = linear.linear(x, w, weight_only)
+    assert torch.equal(linear.linear(x, w, ops.OpSet("weight_only")), expected)
 
 
 @pytest.mark.parametrize("name", layers.FORMATS)
@@ -136,7 +146,7 @@ def test_off_is_the_reference(name):
 def test_describe_names_the_spelling_and_the_reasons():
     text = ops.describe("cpu")
     assert text.split()[0] in {row.name for row in select.SPELLINGS if row.device == "cpu"}
-    assert ops.describe("meta") == "reference (not kernels: none is written for gemm_int4 on meta)"
+    assert ops.describe("meta") == "weight_only (not kernels: none is written for gemm_int4 on meta)"
 
 
 def test_a_second_copy_of_the_pack_shares_the_ops():

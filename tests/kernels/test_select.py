@@ -28,7 +28,13 @@ CHOICES = {  # device, request, spelling
     "nvfp4-of-group-16": (X86, Request("gemm_nvfp4", "bfloat16", 16), "avx512"),
     "nvfp4-of-group-64": (X86, Request("gemm_nvfp4", "bfloat16", 64), "reference"),
     "no-library": (NO_COMPILER, INT4, "reference"),
-    "device-without-kernels": (Device("mps"), INT4, "reference"),
+    "device-without-kernels": (Device("mps"), INT4, "weight_only"),
+    "device-without-kernels-exact": (
+        Device("mps"),
+        Request("gemm_int4", "bfloat16", wanted="off"),
+        "reference",
+    ),
+    "weight-only-by-name": (X86, Request("gemm_int4", "bfloat16", wanted="weight_only"), "weight_only"),
 }
 
 
