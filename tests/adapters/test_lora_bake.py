@@ -1,0 +1,252 @@
+"""Baking a LoRA gives the file that the reference converter and composer would give, to the byte.
+
+Where the two differ on purpose, a test says why the mathematics wins.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from svdquant_nodes.loaders.detect import open_checkpoint
+from svdquant_nodes.svdquant.adapters import bake
+from svdquant_nodes.svdquant.core import tiles
+from svdquant_nodes.tests import golden
+from svdquant_nodes.tests.loaders import made
+from svdquant_nodes.tests.tolerances import assert_close
+from svdquant_nodes.tools.commands import bake_lora
+
+GOLDEN = "lora_flux_mini"
+D, S = "transformer_blocks.0", "single_transformer_blocks.0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The toy checkpoint with the branches that the LoRA goldens were made on, and their LoRAs."""
+    folder = tmp_path_factory.mktemp("bake")
+    tensors = dict(golden.tensors("mini_flux_int4"))
+    for name, tensor in golden.case(GOLDEN, "base").items():
+        tensors[name] = packed(name, tensor)
+    with safe_open(golden.FOLDER / "mini_flux_int4.safetensors", "pt") as file:
+        made.save(folder / "base.safetensors", tensors, file.metadata())
+    for i in range(3):
+        made.save(folder / f"lora{i}.safetensors", golden.case(GOLDEN, f"lora{i}"))
+    return folder
+
+
+def packed(name, tensor):
+    tile = {"lora_down": tiles.tile_down, "lora_up": tiles.tile_up, "bias": tiles.tile_vector}
+    tail = name.rpartition(".")[2]
+    return tile[tail](tensor) if tail in tile and "norm" not in name else tensor
+
+
+def run(folder, tmp_path, *loras, base="base"):
+    baked = bake.bake(
+        folder / f"{base}.safetensors",
+        [(folder / f"{name}.safetensors", strength) for name, strength in loras],
+        tmp_path / "out.safetensors",
+    )
+    return load_file(baked.target), baked
+
+
+def branches(case):
+    """The W4A4 layers of a golden case; modulation layers have no branch to compare."""
+    return {
+        n: t
+        for n, t in golden.case(GOLDEN, case).items()
+        if ".lora_" in n and "norm" not in n and "weight" not in n
+    }
+
+
+def test_conversion_to_the_byte(folder, tmp_path):
+    out, baked = run(folder, tmp_path, ("lora0", 1.0))
+    expected = branches("conv0")
+    assert len(expected) == 20
+    assert [name for name, t in expected.items() if not made.same(out[name], t)] == []
+    assert (baked.layers, baked.rank) == (9, 32)
+
+
+def test_composition_to_the_byte(folder, tmp_path):
+    out, _ = run(folder, tmp_path, ("lora1", 0.8), ("lora2", -0.5))
+    expected = branches("conv_composed")
+    assert len(expected) == 8
+    assert [name for name, t in expected.items() if not made.same(out[name], t)] == []
+
+
+def test_vectors_at_half_strength_to_the_byte(folder, tmp_path):
+    """Norm weights replace and are never scaled; biases are differences, in the engine's order."""
+    out, _ = run(folder, tmp_path, ("lora0", 0.5))
+    expected = golden.case(GOLDEN, "fused_vec_0.5")
+    assert len(expected) == 11
+    assert [name for name, t in expected.items() if not made.same(out[name], t)] == []
+
+
+def test_nothing_else_changes(folder, tmp_path):
+    out, _ = run(folder, tmp_path, ("lora1", 0.8))
+    before = load_file(folder / "base.safetensors")
+    assert set(out) == set(before)
+    changed = {name for name in out if not made.same(out[name], before[name])}
+    layers = (f"{D}.qkv_proj", *(f"{S}.{name}" for name in ("qkv_proj", "out_proj", "mlp_fc2", "mlp_fc1")))
+    touched = {f"{layer}.lora_{end}" for layer in layers for end in ("down", "up")}
+    assert changed == touched
+
+
+def test_16_bit_layers_take_their_part(folder, tmp_path):
+    out, _ = run(folder, tmp_path, ("lora0", 1.0))
+    lora = golden.case(GOLDEN, "lora0.transformer.proj_out")
+    exact = load_file(folder / "base.safetensors")["proj_out.weight"].double()
+    exact = exact + lora["lora_B.weight"].double() @ lora["lora_A.weight"].double()
+    assert_close(out["proj_out.weight"], exact, "bf16_output")
+
+
+def test_modulation_goes_beside_as_a_lora(folder, tmp_path):
+    """AWQ layers have no branch, and codes of 4 bits would swallow the LoRA: neither rounded away nor dropped."""
+    _, baked = run(folder, tmp_path, ("lora1", 0.8), ("lora2", -0.5))
+    assert baked.rest == tmp_path / "out-rest.safetensors"
+    rest = load_file(baked.rest)
+    name = "diffusion_model.double_blocks.0.img_mod.lin"
+    got = rest[f"{name}.lora_up.weight"].double() @ rest[f"{name}.lora_down.weight"].double()
+    assert set(rest) == {f"{name}.lora_up.weight", f"{name}.lora_down.weight"}
+    stored = golden.case(GOLDEN, f"conv_composed.{D}.norm1.linear")
+    up = stored["lora_up"].reshape(128, 6, 16).transpose(0, 1).reshape(768, 16).double()
+    assert torch.equal(got, up @ stored["lora_down"].double())
+    assert "1 layers have no branch to fold into: apply out-rest.safetensors beside it" in str(baked)
+
+
+def test_metadata_states_the_rank_and_what_was_baked(folder, tmp_path):
+    _, baked = run(folder, tmp_path, ("lora0", 1.0))
+    checkpoint = open_checkpoint(baked.target)
+    assert checkpoint.warnings == ()
+    assert json.loads(checkpoint.metadata["quantization_config"])["rank"] == 32
+    assert checkpoint.metadata["baked_loras"] == "lora0.safetensors:1"
+
+
+def test_baking_twice_is_baking_both(folder, tmp_path):
+    both, _ = run(folder, tmp_path, ("lora1", 1.0), ("lora2", 1.0))
+    first = bake.bake(
+        folder / "base.safetensors", [(folder / "lora1.safetensors", 1.0)], tmp_path / "1.safetensors"
+    )
+    second = bake.bake(first.target, [(folder / "lora2.safetensors", 1.0)], tmp_path / "2.safetensors")
+    again = load_file(second.target)
+    for name in (f"{D}.qkv_proj", f"{S}.out_proj"):
+        products = [product(t, name) for t in (both, again)]
+        assert torch.equal(*products)
+
+
+def product(tensors, name):
+    down, up = tiles.untile_down(tensors[f"{name}.lora_down"]), tiles.untile_up(tensors[f"{name}.lora_up"])
+    return up.double() @ down.double()
+
+
+def one_layer(folder, name, tensors):
+    made.save(folder / f"{name}.safetensors", tensors)
+    return name
+
+
+class TestTheMathematicsWins:
+    """Where the reference converter is known to fail or to be wasteful."""
+
+    def test_a_missing_member_of_qkv_costs_no_rank(self, folder, tmp_path):
+        """It repeats q's A for the missing v: rank 12 for what is rank 8."""
+        lora = golden.case(GOLDEN, f"lora0.transformer.{D}.attn")
+        names = [n for n in lora if n.startswith(("to_q.lora", "to_k.lora")) and "bias" not in n]
+        kept = {f"{D}.attn.{n}": lora[n] for n in names}
+        out, _ = run(folder, tmp_path, (one_layer(folder, "qk", kept), 1.0))
+        down = tiles.untile_down(out[f"{D}.qkv_proj.lora_down"])
+        assert down.shape[0] == 32 and int((down != 0).any(1).sum()) == 16 + 8
+
+    def test_mlp_without_its_other_half(self, folder, tmp_path):
+        """It stops with an assertion; fc2 then only gets as many ranks as fc1, all zero."""
+        lora = golden.case(GOLDEN, f"lora0.transformer.{D}.ff.net.0.proj")
+        kept = {f"{D}.ff.net.0.proj.{n}": t for n, t in lora.items() if "bias" not in n}
+        out, _ = run(folder, tmp_path, (one_layer(folder, "fc1", kept), 1.0))
+        base = golden.case(GOLDEN, f"base.{D}.mlp_fc2")
+        assert torch.equal(tiles.untile_down(out[f"{D}.mlp_fc2.lora_down"])[:16], base["lora_down"])
+        assert int(tiles.untile_up(out[f"{D}.mlp_fc2.lora_up"])[:, 16:].count_nonzero()) == 0
+        assert out[f"{D}.mlp_fc1.lora_down"].shape == (128, 32)
+
+    def test_single_out_without_its_mlp(self, folder, tmp_path):
+        """It stops with a KeyError."""
+        lora = golden.case(GOLDEN, f"lora0.transformer.{S}.proj_out")
+        name = one_layer(folder, "out", {f"{S}.proj_out.{n}": t for n, t in lora.items()})
+        out, baked = run(folder, tmp_path, (name, 1.0))
+        assert baked.layers == 3  # out_proj, mlp_fc2, and mlp_fc1 for its rank
+        assert torch.equal(
+            tiles.untile_down(out[f"{S}.out_proj.lora_down"])[16:20], lora["lora_A.weight"][:, :128]
+        )
+
+    @pytest.mark.parametrize("strength", [0.999999, 0.5, -1.0])
+    def test_every_strength_counts(self, folder, tmp_path, strength):
+        """It takes any strength below 1 for 1 where the file is already in its layout."""
+        out, _ = run(folder, tmp_path, ("lora1", strength))
+        lora = golden.case(GOLDEN, f"lora1.transformer.{S}.proj_out")
+        wanted = (lora["lora_A.weight"].float() * strength).bfloat16()[:, :128]
+        assert torch.equal(tiles.untile_down(out[f"{S}.out_proj.lora_down"])[16:20], wanted)
+
+
+PAIR = {"lora_A.weight": torch.ones(2, 128), "lora_B.weight": torch.ones(128, 2)}
+REFUSED = {
+    "dora": (
+        {**PAIR, "lora_magnitude_vector": torch.ones(128)},
+        r"a branch cannot hold exactly \(dora_scale\)",
+    ),
+    "difference": ({"diff": torch.ones(128, 128)}, r"a branch cannot hold exactly \(diff\)"),
+    "lokr-blocks": ({"lokr_w1": torch.ones(8, 8), "lokr_w2": torch.ones(16, 16)}, "of too high a rank"),
+    "size": ({**PAIR, "lora_B.weight": torch.ones(64, 2)}, r"expected \[128, 128\], got \[64, 128\]"),
+    "inner": ({**PAIR, "lora_B.weight": torch.ones(128, 3)}, "expected them to share their inner size"),
+    "rank": (
+        {"lora_A.weight": torch.ones(1100, 128), "lora_B.weight": torch.ones(128, 1100)},
+        "expected a rank up to 1024, got 1120",
+    ),
+}
+
+
+@pytest.mark.parametrize(("members", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_before_anything_is_written(folder, tmp_path, members, message):
+    name = one_layer(folder, "bad", {f"{D}.attn.to_out.0.{tail}": t for tail, t in members.items()})
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path, (name, 1.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refused_files(folder, tmp_path):
+    one_layer(folder, "sdxl", {"lora_unet_input_blocks_4_1_proj_in.lora_up.weight": torch.ones(2, 2)})
+    with pytest.raises(
+        ValueError, match=r"sdxl\.safetensors: none of its 1 tensors.*It looks like a LoRA for SDXL"
+    ):
+        run(folder, tmp_path, ("sdxl", 1.0))
+    one_layer(folder, "engine", {f"{D}.qkv_proj.lora_down": torch.ones(16, 16)})
+    with pytest.raises(ValueError, match="Bake the original LoRA file"):
+        run(folder, tmp_path, ("engine", 1.0))
+    (tmp_path / "out.safetensors").touch()
+    with pytest.raises(ValueError, match="expected a new file, got one that is there"):
+        run(folder, tmp_path, ("lora1", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "strength"),
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.5", "a.safetensors", 0.5),
+        ("C:/a.safetensors", "C:/a.safetensors", 1.0),
+        ("C:/a.safetensors:-2", "C:/a.safetensors", -2.0),
+    ],
+)
+def test_arguments(argument, name, strength):
+    path, by = bake_lora.parse(argument)
+    assert (path.as_posix(), by) == (name, strength)
+
+
+def test_argument_with_no_number():
+    with pytest.raises(ValueError, match="expected a number after the colon, got 'half'"):
+        bake_lora.parse("a.safetensors:half")
+
+
+@pytest.mark.parametrize("name", ["", "../a", "a/b", ".hidden", "/a"])
+def test_new_file_stays_in_its_folder(tmp_path, name):
+    with pytest.raises(ValueError, match="expected the plain name of a file"):
+        bake.new_file(tmp_path, name)
