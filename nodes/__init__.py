@@ -6,10 +6,13 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..svdquant.adapters import folders
 from .apply_lora import SVDQuantApplyLora
+from .calibrate import SVDQuantCalibrate
+from .compare import SVDQuantCompare
 from .demo import SVDQuantDemoPrompt, SVDQuantDemoVAE
 from .fetch_model import SVDQuantFetchModel
 from .inspect import SVDQuantInspect
 from .load_model import SVDQuantLoadModel
+from .quantize import SVDQuantQuantize
 from .replacements import register_replacements
 from .sample import SVDQuantSample
 
@@ -28,6 +31,9 @@ class SVDQuantExtension(ComfyExtension):
             SVDQuantSample,
             SVDQuantInspect,
             SVDQuantFetchModel,
+            SVDQuantCalibrate,
+            SVDQuantQuantize,
+            SVDQuantCompare,
             SVDQuantDemoPrompt,
             SVDQuantDemoVAE,
         ]

@@ -12,6 +12,9 @@ NODE_IDS = {
     "SVDQuantSample",
     "SVDQuantInspect",
     "SVDQuantFetchModel",
+    "SVDQuantCalibrate",
+    "SVDQuantQuantize",
+    "SVDQuantCompare",
     "SVDQuantDemoPrompt",
     "SVDQuantDemoVAE",
 }

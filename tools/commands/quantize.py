@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from pathlib import Path
 
 from ...loaders.source import open_source
 from ...svdquant.adapters.plans import make_plan
-from ...svdquant.quantizer import recipes, statistics, stream
+from ...svdquant.quantizer import recipes, report, statistics, stream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
         dialect=plan.dialect,
         progress=None if args.quiet else show,
     )
-    print(summary(args.target, errors, time.monotonic() - began, measured=samples is not None))
+    print(report.summary(args.target, errors, time.monotonic() - began, measured=samples is not None))
     return 0
 
 
@@ -88,15 +87,3 @@ def show(name: str, done: int, total: int, error: float | None) -> None:
     """One line a linear."""
     told = "weights only" if error is None else f"error {100 * error:6.2f} %"
     print(f"  {done:4}/{total}  {name:44} {told}", flush=True)
-
-
-def summary(target: Path, errors: dict[str, float], seconds: float, *, measured: bool) -> str:
-    """Size, time, mean and worst error."""
-    first = f"{target}: {target.stat().st_size / 2**20:.1f} MB in {seconds:.1f} s"
-    if not errors:
-        return first
-    what = "outputs on held-out tokens" if measured else "weights"
-    mean = sum(-20 * math.log10(max(e, 1e-9)) for e in errors.values()) / len(errors)
-    worst = sorted(errors, key=errors.get, reverse=True)[:3]
-    told = ", ".join(f"{name} {100 * errors[name]:.1f} %" for name in worst)
-    return f"{first}\nmean error of {what} {mean:.2f} dB; worst: {told}"
