@@ -1,0 +1,110 @@
+"""A thousand random LoRA files: each gives the exact result, or a sentence that names the file."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from svdquant_nodes.svdquant.adapters import joining, layout
+from svdquant_nodes.svdquant.adapters.lora import apply_lora
+from svdquant_nodes.svdquant.adapters.operations import quantized_linears
+from svdquant_nodes.tests.inside_host import loras
+from svdquant_nodes.tests.inside_host.lora_dice import Dice
+from svdquant_nodes.tests.inside_host.twins import sample
+from svdquant_nodes.tests.tolerances import assert_close
+
+CPU = torch.device("cpu")
+THROWS, A_BATCH = 1000, 100
+
+
+@pytest.fixture(scope="module")
+def layers(quantized):
+    return {
+        key.removeprefix("diffusion_model.").removesuffix(".weight"): layer
+        for key, layer in quantized_linears(quantized.model)
+    }
+
+
+@pytest.fixture(scope="module")
+def weights(layers):
+    """Every layer's dense weight, in float64."""
+    return {
+        name: layout.dense(layout.unpack(l.weight._qdata, l.weight._params), tuple(l.weight.shape), None)[0]
+        .double()
+        .numpy()
+        for name, l in layers.items()
+    }
+
+
+def added(layer, branches) -> np.ndarray:
+    """What branches add to a layer's weight, in float64."""
+    total = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
+    for b in branches:
+        product = b.down.double() if b.up is None else b.up.double() @ b.down.double()
+        total[b.rows, b.columns] += b.strength * product
+    return total.numpy()
+
+
+def is_exact(branches) -> bool:
+    """Dense differences are kept in the host's 16-bit LoRA dtype; pairs and Kronecker blocks are not rounded."""
+    return all(b.up is not None or b.down.dtype == torch.float32 for b in branches)
+
+
+def judge(model, made, path, layers, weights) -> str:
+    """What became of one file: refused or exact; anything else fails."""
+    save_file({name: t.contiguous().clone() for name, t in made.tensors.items()}, path)
+    if made.fault:
+        with pytest.raises(ValueError, match=rf"^{path.name}: "):
+            apply_lora(model, path, made.strength)
+        return made.fault
+    joined, report = apply_lora(model, path, made.strength)
+    assert report.naming != "unknown"
+    wanted = made.differences(weights.__getitem__)
+    assert {key.split("diffusion_model.")[1].removesuffix(".weight") for key in joined.patches} == set(wanted)
+    for name, difference in wanted.items():
+        notes = joining.Notes()
+        key = f"diffusion_model.{name}.weight"
+        branches = joining.join(layers[name], key, joined.patches[key], CPU, notes)
+        assert not notes.misfits
+        tolerance = "fp32_sum" if is_exact(branches) and not notes.errors else "host_dense_branch"
+        assert_close(added(layers[name], branches), difference, tolerance)
+    return "exact"
+
+
+@pytest.mark.parametrize("batch", range(THROWS // A_BATCH))
+def test_exact_or_refused(quantized, layers, weights, tmp_path, batch):
+    outcomes = Counter()
+    for i in range(A_BATCH):
+        seed = batch * A_BATCH + i
+        made = Dice(seed).throw()
+        try:
+            outcomes[judge(quantized, made, tmp_path / "random.safetensors", layers, weights)] += 1
+        except BaseException as error:
+            error.add_note(
+                f"seed {seed}, fault {made.fault!r}: {[(n, tuple(t.shape)) for n, t in made.tensors.items()]}"
+            )
+            raise
+    assert outcomes["exact"] > A_BATCH / 2 and len(outcomes) > 3, outcomes
+
+
+@pytest.mark.parametrize("seed", range(3000, 3024))
+def test_through_the_sampler(twins, tmp_path, seed):
+    """The same on the whole: our node against a difference that the host merges into the dense twin."""
+    made = Dice(seed).throw()
+    path = tmp_path / "random.safetensors"
+    save_file({name: t.contiguous().clone() for name, t in made.tensors.items()}, path)
+    if made.fault:
+        before = sample(twins.quantized, steps=1)
+        with pytest.raises(ValueError, match=r"^random\.safetensors: "):
+            apply_lora(twins.quantized, path, made.strength)
+        assert torch.equal(sample(twins.quantized, steps=1), before)
+        return
+    state = twins.dense.model.diffusion_model.state_dict()
+    wanted = made.differences(lambda host: state[f"{host}.weight"].double().numpy())
+    whole = {f"diffusion_model.{host}.diff": torch.from_numpy(d).float() for host, d in wanted.items()}
+    ours = sample(apply_lora(twins.quantized, path, made.strength)[0], steps=1)
+    assert_close(ours, sample(loras.stock(twins.dense, whole), steps=1), "host_dense_branch")
