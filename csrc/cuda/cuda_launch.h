@@ -1,0 +1,36 @@
+// What the .cu files offer each other: launch.h's structs, and what a GPU's caller may ask for besides.
+#pragma once
+
+#include "../launch.h"
+
+namespace svdquant::cuda {
+
+// Where a GEMM writes: fp32, bf16 or fp16, rounded once from fp32. Rows `stride` elements apart.
+struct Output {
+  void* data;
+  DType dtype;
+  int64_t stride;
+};
+
+// How 4-bit integers are multiplied.
+enum class Product {
+  kInt4,  // 4-bit tensor cores, sm_75 to sm_89; Gemm.kind kUint4 says that activations are unsigned
+  kInt8,  // widened to int8, everywhere; also takes int8 activations
+};
+
+// means: core/reference.py quantize_int4, quantize_int4_unsigned
+const char* quantize_int4(const Quantize& args, const Launch& launch);
+// The same with codes -127..127: activations for W4A8.
+const char* quantize_int8(const Quantize& args, const Launch& launch);
+// means: core/reference.py quantize_nvfp4
+const char* quantize_nvfp4(const Quantize& args, const Launch& launch);
+
+// means: core/reference.py gemm_int4, rounded to the output's dtype
+const char* gemm_int4(const Gemm& args, const Output& out, Product product, const Launch& launch);
+// means: core/reference.py gemm_nvfp4, rounded to the output's dtype
+const char* gemm_nvfp4(const Gemm& args, const Output& out, const Launch& launch);
+
+// means: core/reference.py gemv_awq
+const char* gemv_awq(const Gemv& args, const Launch& launch);
+
+}  // namespace svdquant::cuda

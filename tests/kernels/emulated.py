@@ -1,0 +1,213 @@
+"""The CUDA kernels on a CPU: the .cu sources compiled as plain C++ over tests/kernels/emulator, called by ctypes.
+
+`kernels(arch)` builds the library for one card, once a session. Every call hands over exactly its tensors: an access
+outside them, a race or a stray barrier comes back as a `KernelError` with the emulator's sentence.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from svdquant_nodes.svdquant.core.weights import LinearWeights
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA, EMULATOR = ROOT / "csrc" / "cuda", Path(__file__).parent / "emulator"
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Werror",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-shared",
+]
+COMPILER = shutil.which("g++")
+SOURCES = tuple(sorted(CUDA.glob("*.cu")))
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
+KINDS = {"int4": 0, "int4-unsigned": 1, "nvfp4": 2}
+
+
+class KernelError(RuntimeError):
+    """A kernel did what a GPU leaves undefined, or refused its arguments."""
+
+
+class Floats(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("stride", ctypes.c_int64)]
+
+
+def _struct(name: str, **fields: type) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
+Quantize = _struct(
+    "Quantize",
+    kind=ctypes.c_int32,
+    **dict.fromkeys("mkr", _SIZE),
+    **dict.fromkeys(("x", "smooth", "down"), Floats),
+    shift=ctypes.c_float,
+    **dict.fromkeys(("codes", "scales", "hidden"), _POINTER),
+)
+Gemm = _struct(
+    "Gemm",
+    kind=ctypes.c_int32,
+    **dict.fromkeys("mnkr", _SIZE),
+    codes=_POINTER,
+    scales=Floats,
+    hidden=_POINTER,
+    weight_codes=_POINTER,
+    **dict.fromkeys(("weight_scales", "second_scale", "up", "bias"), Floats),
+    out=_POINTER,
+)
+Gemv = _struct(
+    "Gemv",
+    **dict.fromkeys(("m", "n", "k", "group"), _SIZE),
+    x=Floats,
+    weight_codes=_POINTER,
+    **dict.fromkeys(("weight_scales", "zeros", "bias"), Floats),
+    out=_POINTER,
+)
+Output = _struct("Output", data=_POINTER, dtype=ctypes.c_int32, stride=_SIZE)
+STRUCTS = (Floats, Quantize, Gemm, Gemv, Output)
+
+
+@functools.cache
+def library(arch: int) -> ctypes.CDLL | str:
+    """The kernels as they are for a card of compute capability arch / 10, or why they do not compile."""
+    with tempfile.TemporaryDirectory(prefix="emulated-") as folder:
+        flags = [*FLAGS, f"-DSVDQUANT_ARCH={arch}", f"-I{CUDA}", f"-I{EMULATOR}", "-x", "c++", "-c"]
+
+        def compiled(source: Path) -> Path:
+            to = Path(folder, f"{source.stem}.o")
+            subprocess.run([COMPILER, *flags, source, "-o", to], check=True, capture_output=True, text=True)
+            return to
+
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(compiled, [*SOURCES, *EMULATOR.glob("*.cpp")]))
+        except subprocess.CalledProcessError as e:
+            return f"{e.cmd[-3].name} is no C++: {e.stderr}"
+        subprocess.run([COMPILER, "-shared", *objects, "-o", f"{folder}/kernels.so"], check=True)
+        loaded = ctypes.CDLL(f"{folder}/kernels.so")
+    for which, struct in enumerate(STRUCTS):
+        if loaded.size_of_struct(which) != ctypes.sizeof(struct):
+            return f"{struct.__name__} is not what csrc/launch.h says: adapt this file"
+    return loaded
+
+
+def _poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An output no byte of which was written."""
+    return torch.full((*shape, dtype.itemsize), 0x7F, dtype=torch.uint8).view(dtype).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one card, with warps in order or backwards."""
+
+    arch: int
+    backwards: bool = False
+
+    def quantize(
+        self, kind: str, x: Tensor, smooth: Tensor, down: Tensor, *, shift: float = 0.0, bits: int = 4
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As core.reference.quantize_*; 8 bits are the mode that no reference function has."""
+        (m, k), r = x.shape, down.shape[0]
+        group, dtype = (16, torch.float8_e4m3fn) if kind == "nvfp4" else (64, x.dtype)
+        codes = _poisoned(m, k, dtype=torch.int8 if kind == "int4" else torch.uint8)
+        scales, hidden = _poisoned(m, k // group, dtype=dtype), _poisoned(m, r, dtype=torch.float32)
+        args = Quantize(
+            KINDS[kind],
+            m,
+            k,
+            r,
+            *map(_floats, (x, smooth, down)),
+            shift,
+            *map(_data, (codes, scales, hidden)),
+        )
+        name = "quantize_nvfp4" if kind == "nvfp4" else f"quantize_int{bits}"
+        self._call(name, args, read=(x, smooth, down), written=(codes, scales, hidden))
+        return codes, scales, hidden
+
+    def gemm(
+        self,
+        product: str,
+        kind: str,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """As core.reference.gemm_*; `product` is int4, int8 or nvfp4: the tensor cores to use."""
+        (m, k), n, w = codes.shape, weights.out_features, weights
+        out = _poisoned(m, n, dtype=dtype)
+        second = _floats(w.second_scale)
+        if w.second_scale is not None and w.second_scale.numel() == 1:
+            second.stride = 0
+        factors = (_floats(w.scales), second, _floats(w.up), _floats(w.bias))
+        pointers = _data(codes), _floats(scales), _data(hidden), _data(w.codes)
+        args = Gemm(KINDS[kind], m, n, k, w.rank, *pointers, *factors, None)
+        read = (codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias)
+        output = Output(_data(out), DTYPES[dtype], n)
+        self._call(f"gemm_by_{product}", args, output, read=read, written=(out,))
+        return out
+
+    def gemv(self, x: Tensor, weights: LinearWeights) -> Tensor:
+        """As core.reference.gemv_awq."""
+        (m, k), n, w = x.shape, weights.out_features, weights
+        out = _poisoned(m, n, dtype=torch.float32)
+        factors = (_floats(w.scales), _floats(w.zeros), _floats(w.bias))
+        args = Gemv(m, n, k, w.spec.group, _floats(x), _data(w.codes), *factors, _data(out))
+        self._call("gemv", args, read=(x, w.codes, w.scales, w.zeros, w.bias), written=(out,))
+        return out
+
+    def _call(
+        self, name: str, *args: object, read: tuple[Tensor | None, ...], written: tuple[Tensor, ...]
+    ) -> None:
+        kernels = library(self.arch)
+        if isinstance(kernels, str):
+            raise KernelError(kernels)
+        kernels.forget()
+        for tensors, writable in ((read, False), (written, True)):
+            for t in tensors:
+                if t is not None and t.numel():
+                    kernels.allow(ctypes.c_void_p(t.data_ptr()), ctypes.c_int64(_extent(t)), writable)
+        kernels.run_backwards(self.backwards)
+        function = getattr(kernels, name)
+        function.restype = ctypes.c_char_p
+        problem = function(*(ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in args))
+        if problem:
+            raise KernelError(problem.decode())
+
+
+def _data(t: Tensor | None) -> int | None:
+    return t.data_ptr() if t is not None and t.numel() else None
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from a tensor's first element to behind its last."""
+    return (
+        sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)) + 1
+    ) * t.element_size()
+
+
+def _floats(t: Tensor | None) -> Floats:
+    if t is None:
+        return Floats(None, 0, 0)
+    stride = 0 if t.ndim == 1 and t.numel() == 1 else t.stride(0)
+    return Floats(_data(t), DTYPES[t.dtype], stride)

@@ -1,0 +1,42 @@
+// What the tests call, by ctypes.
+#include "cuda_launch.h"
+#include "mma.cuh"
+
+using namespace svdquant;
+using emulator::Block;
+
+extern "C" {
+
+void allow(const void* begin, int64_t bytes, bool writable) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(begin);
+  Block::current().ranges.push_back({at, at + static_cast<uintptr_t>(bytes), writable});
+}
+
+void forget() { Block::current().ranges.clear(); }
+
+void run_backwards(bool yes) { Block::current().backwards = yes; }
+
+int size_of_struct(int which) {
+  const int sizes[] = {sizeof(Floats), sizeof(Quantize), sizeof(Gemm), sizeof(Gemv), sizeof(cuda::Output)};
+  return sizes[which];
+}
+
+const char* quantize_int4(const Quantize* args) { return cuda::quantize_int4(*args, {}); }
+const char* quantize_int8(const Quantize* args) { return cuda::quantize_int8(*args, {}); }
+const char* quantize_nvfp4(const Quantize* args) { return cuda::quantize_nvfp4(*args, {}); }
+
+const char* gemm_by_nvfp4(const Gemm* args, const cuda::Output* out) { return cuda::gemm_nvfp4(*args, *out, {}); }
+const char* gemm_by_int4(const Gemm* args, const cuda::Output* out) {
+  return cuda::gemm_int4(*args, *out, cuda::Product::kInt4, {});
+}
+const char* gemm_by_int8(const Gemm* args, const cuda::Output* out) {
+  return cuda::gemm_int4(*args, *out, cuda::Product::kInt8, {});
+}
+const char* gemv(const Gemv* args) { return cuda::gemv_awq(*args, {}); }
+
+// By the name of a spelling, as ops.cpp calls them.
+const char* enter_quantize(const char* spelling, const Quantize* args) { return quantize(*args, {spelling}); }
+const char* enter_gemm(const char* spelling, const Gemm* args) { return gemm(*args, {spelling}); }
+const char* enter_gemv(const char* spelling, const Gemv* args) { return gemv_awq(*args, {spelling}); }
+const char* list_spellings() { return spellings(); }
+}

@@ -1,0 +1,256 @@
+// The functions of csrc/cuda/ptx.cuh and the instructions of mma.cuh as plain C++: what the .cu files include where
+// the compiler is not nvcc. SVDQUANT_ARCH names the card to be.
+#pragma once
+
+#include <cmath>
+
+#include "block.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define threadIdx (emulator::Block::current().self().index)
+#define blockIdx (emulator::Block::current().self().block)
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+namespace svdquant::cuda {
+
+using emulator::Block;
+
+inline char* shared_memory() { return reinterpret_cast<char*>(Block::current().shared.data()); }
+
+template <class T>
+T ld_global(const T* from) {
+  Block::current().check_global(from, sizeof(T), false);
+  return *from;
+}
+
+template <class T>
+void st_global(T* to, T value) {
+  Block::current().check_global(to, sizeof(T), true);
+  *to = value;
+}
+
+template <class T>
+T ld_shared(const T* from) {
+  Block::current().read_shared(from, sizeof(T));
+  return *from;
+}
+
+template <class T>
+void st_shared(T* to, T value) {
+  Block& b = Block::current();
+  b.write_shared(b.shared_offset(to, sizeof(T)), sizeof(T));
+  *to = value;
+}
+
+template <int kBytes>
+void cp_async(void* to, const void* from, bool valid) {
+  Block& b = Block::current();
+  emulator::Copy copy = {b.shared_offset(to, kBytes), kBytes, {}};
+  if (valid) {
+    b.check_global(from, kBytes, false);
+    std::memcpy(copy.data, from, kBytes);
+  }
+  b.issue(copy);
+  if (SVDQUANT_ARCH < 80) {
+    b.commit();
+    b.arrive(0);
+  }
+}
+
+inline void cp_async_commit() { Block::current().commit(); }
+
+template <int kPending>
+void cp_async_wait() {
+  Block::current().arrive(kPending);
+}
+
+inline void barrier() { Block::current().wait(emulator::State::kBarrier, "barrier"); }
+
+template <class T>
+T shuffle_xor(T value, int mask) {
+  struct Operand {
+    T value;
+    int mask;
+    T result;
+  } mine = {value, mask, value};
+  Block::current().meet("shuffle_xor", &mine, [](void* const* lanes) {
+    for (int i = 0; i < emulator::kWarp; ++i) {
+      auto* o = static_cast<Operand*>(lanes[i]);
+      o->result = static_cast<Operand*>(lanes[i ^ o->mask])->value;
+    }
+  });
+  return mine.result;
+}
+
+inline float divide(float a, float b) { return a / b; }
+inline float multiply(float a, float b) { return a * b; }
+inline float add(float a, float b) { return a + b; }
+inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline float round_to_even(float a) { return std::nearbyint(a); }
+
+inline float as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline unsigned as_bits(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline unsigned pick_bytes(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return result;
+}
+
+// The nearest multiple of the format's step at this size, ties to even: rounding by definition, in double.
+inline double to_nearest(double v, int significant_bits, int smallest_exponent) {
+  int exponent;
+  std::frexp(v, &exponent);
+  const int last = std::max(exponent - 1, smallest_exponent) - significant_bits + 1;
+  return std::ldexp(std::nearbyint(std::ldexp(v, -last)), last);
+}
+
+inline unsigned short to_bf16(float value) {
+  if (value != value) return 0x7fff;
+  if (std::isinf(value)) return static_cast<unsigned short>(as_bits(value) >> 16);
+  return static_cast<unsigned short>(as_bits(static_cast<float>(to_nearest(value, 8, -126))) >> 16);
+}
+
+inline unsigned short to_f16(float value) {
+  const unsigned sign = as_bits(value) >> 16 & 0x8000;
+  if (value != value) return 0x7fff;
+  const double magnitude = std::fabs(to_nearest(value, 11, -14));
+  if (magnitude > 65504.0) return static_cast<unsigned short>(sign | 0x7c00);
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  const bool subnormal = magnitude == 0 || exponent - 1 < -14;
+  if (subnormal) return static_cast<unsigned short>(sign | static_cast<unsigned>(magnitude * 0x1p24));
+  const unsigned mantissa = static_cast<unsigned>(std::ldexp(magnitude, 11 - exponent)) & 0x3ff;
+  return static_cast<unsigned short>(sign | (exponent - 1 + 15) << 10 | mantissa);
+}
+
+inline float from_f16(unsigned short bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 0x3ff;
+  float value = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                : exponent   ? std::ldexp(1024.0f + mantissa, exponent - 25)
+                             : std::ldexp(static_cast<float>(mantissa), -24);
+  return bits & 0x8000 ? -value : value;
+}
+
+inline unsigned multiply_f16x2(unsigned a, unsigned b) {
+  const auto half = [](unsigned x, unsigned y) {
+    return to_f16(from_f16(static_cast<unsigned short>(x)) * from_f16(static_cast<unsigned short>(y)));
+  };
+  return half(a, b) | static_cast<unsigned>(half(a >> 16, b >> 16)) << 16;
+}
+
+// ---- matrix products ----
+
+// Elements as they lie in a register: how wide, and what a pattern of bits means.
+struct S8 {
+  static constexpr int kBits = 8;
+  static double value(unsigned bits) { return static_cast<signed char>(bits); }
+};
+struct S4 {
+  static constexpr int kBits = 4;
+  static double value(unsigned bits) { return static_cast<int>(bits ^ 8) - 8; }
+};
+struct U4 {
+  static constexpr int kBits = 4;
+  static double value(unsigned bits) { return bits; }
+};
+struct F16 {
+  static constexpr int kBits = 16;
+  static double value(unsigned bits) { return from_f16(static_cast<unsigned short>(bits)); }
+};
+struct BF16 {
+  static constexpr int kBits = 16;
+  static double value(unsigned bits) { return as_float(bits << 16); }
+};
+
+// kM x 8 x kK (PTX ISA, "Matrix Fragments for mma"). Lane 4g + t and its register i hold, p elements a register:
+// A: rows g + 8 * (i % blocks), k from t * p + 4p * (i / blocks), where kM is `blocks` times 8; B: column g, k from
+// t * p + 4p * i; C: number i is row g + 8 * (i / 2), column 2t + i % 2. Sums are exact, then rounded once.
+template <int kM, int kK, class A, class B, class C>
+struct WarpProduct {
+  static constexpr int kBlocks = kM / 8, kPer = 32 / A::kBits, kA = kBlocks * kK / (4 * kPer), kB = kK / (4 * kPer);
+  C* c[2 * kBlocks];
+  unsigned a[kA], b[kB];
+
+  static unsigned element(const unsigned* registers, int i) {
+    return registers[i / kPer] >> i % kPer * A::kBits & ((1u << A::kBits) - 1);
+  }
+
+  static void work(void* const* operands) {
+    double left[kM][kK], right[kK][8];
+    for (int lane = 0; lane < emulator::kWarp; ++lane) {
+      const auto& o = *static_cast<const WarpProduct*>(operands[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < kA * kPer; ++i) {
+        const int r = i / kPer;
+        left[g + 8 * (r % kBlocks)][t * kPer + i % kPer + 4 * kPer * (r / kBlocks)] = A::value(element(o.a, i));
+      }
+      for (int i = 0; i < kB * kPer; ++i) {
+        right[t * kPer + i % kPer + 4 * kPer * (i / kPer)][g] = B::value(element(o.b, i));
+      }
+    }
+    for (int lane = 0; lane < emulator::kWarp; ++lane) {
+      const auto& o = *static_cast<const WarpProduct*>(operands[lane]);
+      for (int i = 0; i < 2 * kBlocks; ++i) {
+        double sum = *o.c[i];
+        for (int k = 0; k < kK; ++k) sum += left[lane / 4 + 8 * (i / 2)][k] * right[k][lane % 4 * 2 + i % 2];
+        *o.c[i] = static_cast<C>(sum);
+      }
+    }
+  }
+
+  void run(const char* name) { Block::current().meet(name, this, &work); }
+};
+
+#define EMULATED_M8(NAME, K, A, B)                                       \
+  inline void NAME(int& c0, int& c1, unsigned a, unsigned b) {           \
+    WarpProduct<8, K, A, B, int> p = {{&c0, &c1}, {a}, {b}};                 \
+    p.run(#NAME);                                                        \
+  }
+EMULATED_M8(mma_m8n8k16_s8, 16, S8, S8)
+EMULATED_M8(mma_m8n8k32_s4, 32, S4, S4)
+EMULATED_M8(mma_m8n8k32_u4, 32, U4, S4)
+
+#define EMULATED_M16(NAME, K, A, B, C)                                                       \
+  inline void NAME(C (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {              \
+    WarpProduct<16, K, A, B, C> p = {{&c[0], &c[1], &c[2], &c[3]}, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}}; \
+    p.run(#NAME);                                                                            \
+  }
+EMULATED_M16(mma_m16n8k32_s8, 32, S8, S8, int)
+EMULATED_M16(mma_m16n8k64_s4, 64, S4, S4, int)
+EMULATED_M16(mma_m16n8k64_u4, 64, U4, S4, int)
+EMULATED_M16(mma_m16n8k16_f16, 16, F16, F16, float)
+EMULATED_M16(mma_m16n8k16_bf16, 16, BF16, BF16, float)
+
+inline void mma_m16n8k8_f16(float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
+  WarpProduct<16, 8, F16, F16, float> p = {{&c[0], &c[1], &c[2], &c[3]}, {a0, a1}, {b}};
+  p.run("mma_m16n8k8_f16");
+}
+
+}  // namespace svdquant::cuda
