@@ -1,0 +1,11 @@
+// NVFP4 activations.
+#include "cuda_launch.h"
+#include "quantize.cuh"
+
+namespace svdquant::cuda {
+
+const char* quantize_nvfp4(const Quantize& args, const Launch& launch) {
+  return choose_quantize<true>({args, 1.0f / 6, 0, 0}, launch);
+}
+
+}  // namespace svdquant::cuda
