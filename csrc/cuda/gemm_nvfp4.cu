@@ -1,0 +1,159 @@
+// NVFP4 by widening to fp16, on every card that has no instruction for it.
+//
+//   codes [M, K] bytes, scales [M, K/16] e4m3, weight_codes [N, K/2], weight_scales [N, K/16] e4m3,
+//   second_scale [1] | [N], hidden [M, R], up [N, R], bias [N]
+//   out[m, n] = second[n] * sum of (code * scale)(m, k) * (code * scale)(n, k) + hidden[m] . up[n] + bias[n]
+//   means: core/reference.py gemm_nvfp4
+//
+// e2m1 has two significant bits, an e4m3 scale four: their product has six and lies within 2^-10..2688, so that fp16
+// holds it exactly, and only the fp32 sum rounds. The rate is that of fp16 tensor cores.
+#include "epilogue.cuh"
+
+namespace svdquant::cuda {
+namespace {
+
+// The low half of every byte of four, as fp16 pairs: byte 0 and 2, then byte 1 and 3. e2m1's exponent and mantissa stand
+// where fp16's do, 2^-14 too small.
+__device__ __forceinline__ void widen_e2m1(unsigned word, unsigned factor, unsigned (&pairs)[2]) {
+  constexpr unsigned kTwoTo14 = 0x74007400;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const unsigned bits = i ? word >> 8 : word;
+    const unsigned half = (bits & 0x00080008) << 12 | (bits & 0x00070007) << 9;
+    pairs[i] = multiply_f16x2(multiply_f16x2(half, kTwoTo14), factor);
+  }
+}
+
+// An e4m3 scale as two equal fp16: its bits stand where fp16's do, 2^-8 too small. NaN stays one.
+__device__ __forceinline__ unsigned widen_scale(unsigned char code) {
+  if ((code & 0x7f) == 0x7f) return 0x7e007e00;
+  const unsigned half = (code & 0x80u) << 8 | (code & 0x7fu) << 7;
+  return multiply_f16x2(half | half << 16, 0x5c005c00);  // 2^8
+}
+
+template <class T>
+struct NvFp4Loop {
+  static constexpr int kGroups = kStep / 16;                            // of a row and step: one a lane
+  static constexpr int kScaleBytes = (T::kM + T::kN) * kGroups;         // bytes: activations' rows, then weights'
+  static constexpr int kSharedBytes = kStages * (T::kStageBytes + kScaleBytes);
+
+  const Gemm& p;
+  const Place<T>& place;
+  char* memory;
+  Sums<T> sums = {};
+
+  __device__ __forceinline__ NvFp4Loop(const Gemm& args, const Place<T>& at)
+      : p(args), place(at), memory(shared_memory()) {}
+
+  __device__ __forceinline__ unsigned char* scales_of(int stage) const {
+    return reinterpret_cast<unsigned char*>(memory + kStages * T::kStageBytes + stage * kScaleBytes);
+  }
+
+  // Codes by asynchronous copies; scales, of which a row has four bytes at any address, by ordinary ones.
+  __device__ __forceinline__ void copy(int64_t step, int stage) {
+    copy_codes<T>(p, place, step, memory + stage * T::kStageBytes);
+    unsigned char* to = scales_of(stage);
+    for (int i = threadIdx.x; i < kScaleBytes; i += T::kThreads) {
+      const int slot = i / kGroups;
+      const bool is_weight = slot >= T::kM;
+      const Floats from = is_weight ? p.weight_scales : p.scales;
+      const int64_t row = is_weight ? place.column0 + slot - T::kM : place.row0 + slot;
+      const int64_t group = step * kGroups + i % kGroups;
+      const bool exists = row < (is_weight ? p.n : p.m) && group * 16 < p.k;
+      const unsigned char* at = static_cast<const unsigned char*>(from.data) + row * from.stride + group;
+      st_shared(to + i, exists ? ld_global(at) : static_cast<unsigned char>(0));
+    }
+  }
+
+  __device__ __forceinline__ void multiply(int64_t, int stage) {
+    const char* codes = memory + stage * T::kStageBytes;
+    const uint4* acts = reinterpret_cast<const uint4*>(codes);
+    const uint2* weights = reinterpret_cast<const uint2*>(codes + T::kM * kStep);
+    const unsigned char* scales = scales_of(stage);
+    unsigned b[T::kNs][kGroups][2];
+#pragma unroll
+    for (int j = 0; j < T::kNs; ++j) {
+      const int column = place.warp_column + 8 * j + place.g;
+      const uint2 nibbles = ld_shared(weights + column * 4 + place.t);
+      const unsigned factor = widen_scale(ld_shared(scales + (T::kM + column) * kGroups + place.t));
+      const unsigned words[2] = {nibbles.x, nibbles.y};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {  // even columns 0 4, 2 6; odd columns 1 5, 3 7
+        widen_e2m1(words[i], factor, b[j][2 * i]);
+        widen_e2m1(words[i] >> 4, factor, b[j][2 * i + 1]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < T::kMs; ++i) {
+      unsigned a[2][kGroups][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = place.warp_row + 16 * i + 8 * half + place.g;
+        const uint4 v = ld_shared(acts + row * 4 + place.t);
+        const unsigned factor = widen_scale(ld_shared(scales + row * kGroups + place.t));
+        const unsigned words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {  // the order of columns in which a word of nibbles comes apart
+          widen_e2m1(pick_bytes(words[2 * w], words[2 * w + 1], 0x6420), factor, a[half][2 * w]);
+          widen_e2m1(pick_bytes(words[2 * w], words[2 * w + 1], 0x7531), factor, a[half][2 * w + 1]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < T::kNs; ++j) {
+#pragma unroll
+        for (int w = 0; w < kGroups; ++w) {
+          const unsigned fragment[4] = {a[0][w][0], a[1][w][0], a[0][w][1], a[1][w][1]};
+          mma_f16(sums[i][j], fragment, b[j][w]);
+        }
+      }
+    }
+  }
+
+  // The scale above the scales, one a tensor or one a row.
+  __device__ __forceinline__ void multiply_second_scale() {
+    const Floats& second = p.second_scale;
+#pragma unroll
+    for (int j = 0; j < T::kNs; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int64_t column = place.column0 + place.warp_column + 8 * j + 2 * place.t + e;
+        if (column >= p.n) continue;
+        const float scale = load_one(second.data, second.dtype, column * second.stride);
+#pragma unroll
+        for (int i = 0; i < T::kMs; ++i) {
+          sums[i][j][e] = cuda::multiply(sums[i][j][e], scale);
+          sums[i][j][e + 2] = cuda::multiply(sums[i][j][e + 2], scale);
+        }
+      }
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 2) gemm_nvfp4_kernel(GemmParams p) {
+  const Place<T> place(p.args);
+  NvFp4Loop<T> loop(p.args, place);
+  run_pipeline(loop, ceil_div(p.args.k, kStep));
+  loop.multiply_second_scale();
+  add_branch<T>(p.args, place, loop.sums);
+  store_sums<T>(p, place, loop.sums);
+}
+
+template <class T>
+const char* run_gemm_nvfp4(const GemmParams& p, const Launch& launch) {
+  const int64_t blocks = ceil_div(p.args.m, T::kM) * ceil_div(p.args.n, T::kN);
+  return run(gemm_nvfp4_kernel<T>, {blocks, 1, T::kThreads, NvFp4Loop<T>::kSharedBytes}, launch, p);
+}
+
+}  // namespace
+
+const char* gemm_nvfp4(const Gemm& args, const Output& out, const Launch& launch) {
+  if (args.m == 0 || args.n == 0) return nullptr;
+  if (!is_aligned(args.codes, 16)) return "codes must begin at a multiple of 16 bytes";
+  if (!is_aligned(args.weight_codes, 8)) return "weight codes must begin at a multiple of 8 bytes";
+  if (out.dtype == DType::kE4M3) return "the output must be fp32, bf16 or fp16";
+  const GemmParams p = {args, out};
+  return prefers_small_tile(args.m, args.n) ? run_gemm_nvfp4<SmallTile>(p, launch) : run_gemm_nvfp4<LargeTile>(p, launch);
+}
+
+}  // namespace svdquant::cuda
