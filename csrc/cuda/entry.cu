@@ -1,0 +1,35 @@
+// launch.h's functions in a GPU's library: from the name of a spelling to the kernel.
+#include <cstring>
+
+#include "cuda_launch.h"
+#include "run.cuh"
+
+namespace svdquant {
+namespace {
+
+bool is(const Launch& launch, const char* name) { return !std::strcmp(launch.spelling, name); }
+
+}  // namespace
+
+const char* quantize(const Quantize& args, const Launch& launch) {
+  return args.kind == Codes::kE2M1 ? cuda::quantize_nvfp4(args, launch) : cuda::quantize_int4(args, launch);
+}
+
+const char* gemm(const Gemm& args, const Launch& launch) {
+  const cuda::Output out = {args.out, DType::kF32, args.n};
+  if (args.kind == Codes::kE2M1) return cuda::gemm_nvfp4(args, out, launch);
+  const bool narrow = is(launch, "mma_s4") || is(launch, "mma_sm75");
+  return cuda::gemm_int4(args, out, narrow ? cuda::Product::kInt4 : cuda::Product::kInt8, launch);
+}
+
+const char* gemv_awq(const Gemv& args, const Launch& launch) { return cuda::gemv_awq(args, launch); }
+
+// Best first.
+const char* spellings() {
+  const int arch = cuda::device_arch();
+  if (arch < 75) return "";
+  if (arch < 80) return "mma_sm75 mma_s8 gemv";
+  return arch < 90 ? "mma_s4 mma_s8 gemv" : "mma_s8 gemv";
+}
+
+}  // namespace svdquant
