@@ -355,6 +355,57 @@ void multiply_steps(const Tile& t) {
 
 void multiply(const Tile& t, int64_t group) { group == 16 ? multiply_steps<4>(t) : multiply_steps<16>(t); }
 
+// `dot4` has a block's sums in eight words, each of eight columns: the first two for columns 0 to 15, then 32 to 47,
+// 16 to 31 and 48 to 63. This spreads a group's number over its words.
+template <int64_t kGroup>
+__m256 spread(const float* of_block) {
+  if (kGroup == 64) return _mm256_broadcast_ss(of_block);
+  const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(of_block));
+  return _mm256_permutevar8x32_ps(four, _mm256_setr_epi32(0, 0, 2, 2, 1, 1, 3, 3));
+}
+
+// A row's nibbles are masked and shifted where they lie. For that the activations' words of even and of odd columns are
+// taken apart, which leaves the middle quarters exchanged, as the row's are on loading.
+template <int64_t kGroup>
+void dot4_groups(const uint8_t* rows, int64_t stride, const float* weight_scales, const CodeTable& table, const Tile& t,
+                 float* to) {
+  constexpr int64_t kGroups = kBlock / kGroup;  // a block
+  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.weight));
+  const __m256i bytes = _mm256_broadcastsi128_si256(values), low = _mm256_set1_epi8(15);
+  const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_set1_epi16(static_cast<int16_t>(-table.zero));
+  __m256 totals[4];
+  for (int i = 0; i < 4; ++i) totals[i] = _mm256_setzero_ps();
+  const char* next = reinterpret_cast<const char*>(rows + 8 * stride);  // as in `unpack`: four streams, one straight line
+  for (int64_t block = 0; block < t.groups / kGroups; ++block) {
+    for (int i = 0; i < 2; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T0);
+    const __m256 a0 = _mm256_castsi256_ps(load_bytes(t.acts + block * kBlock));
+    const __m256 a1 = _mm256_castsi256_ps(load_bytes(t.acts + block * kBlock + 32));
+    const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(a0, a1, 0x88));
+    const __m256i odd = _mm256_castps_si256(_mm256_shuffle_ps(a0, a1, 0xdd));
+    // the zero taken out of every word by itself: what is added up over K must not be large for nothing
+    const __m256i ones8 = _mm256_set1_epi8(1);
+    const __m256i act_sums = _mm256_add_epi16(_mm256_maddubs_epi16(ones8, even), _mm256_maddubs_epi16(ones8, odd));
+    const __m256i starts = _mm256_mullo_epi16(act_sums, zero);
+    const __m256 scales = spread<kGroup>(t.scales + block * kGroups);
+    for (int i = 0; i < 4; ++i) {
+      const __m256i v = _mm256_permute4x64_epi64(load_bytes(rows + i * stride + block * 32), 0xd8);
+      const __m256i w0 = _mm256_shuffle_epi8(bytes, _mm256_and_si256(v, low));
+      const __m256i w1 = _mm256_shuffle_epi8(bytes, _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
+      const __m256i products = _mm256_add_epi16(_mm256_maddubs_epi16(w0, even), _mm256_maddubs_epi16(w1, odd));
+      const __m256 sums = _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_add_epi16(products, starts), ones));
+      const __m256 scaled = _mm256_mul_ps(sums, spread<kGroup>(weight_scales + i * t.groups + block * kGroups));
+      totals[i] = _mm256_fmadd_ps(scaled, scales, totals[i]);
+    }
+  }
+  for (int i = 0; i < 4; ++i) to[i] += sum(totals[i]);
+}
+
+void dot4(const uint8_t* rows, int64_t stride, const float* weight_scales, const CodeTable& table, const Tile& token,
+          float* to) {
+  table.group == 16 ? dot4_groups<16>(rows, stride, weight_scales, table, token, to)
+                    : dot4_groups<64>(rows, stride, weight_scales, table, token, to);
+}
+
 // ---- AWQ ----
 
 // Lane l of a block holds columns 8l .. 8l+7 as one 32-bit word. Its nibble i is masked where it stands, not shifted
@@ -416,7 +467,7 @@ bool supported() { return has_avx2(); }
 
 const Spelling* avx2() {
   static const Spelling spelling = {"avx2", supported,  widen,    smooth, codes_int4, codes_e2m1, project, arrange,
-                                    unpack, interleave, multiply, branch, order_awq,  dot_awq};
+                                    unpack, interleave, multiply, dot4,   branch, order_awq,  dot_awq};
   return &spelling;
 }
 

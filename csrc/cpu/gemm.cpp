@@ -59,10 +59,31 @@ struct Activations {
     for (int64_t i = shape.used; i < shape.groups; ++i) scales[first + i] = 0.0f;
   }
 
+  // The part of a tile that tokens first .. first + rows are.
+  Tile tile(const Shape& shape, int64_t first, int64_t rows) const {
+    Tile t = {};
+    t.rows = rows;
+    t.groups = shape.groups;
+    t.acts = codes + first * shape.blocks * kBlock;
+    t.starts = starts + first * shape.groups;
+    t.scales = scales + first * shape.groups;
+    return t;
+  }
+
   const Scratch<int8_t> codes;
   const Scratch<int32_t> starts;
   const Scratch<float> scales;
 };
+
+// What a row's scales are multiplied by: the second scale, and a quarter, as both sides' e2m1 values were doubled.
+float second_scale(const Gemm& g, int64_t row) {
+  if (g.kind != Codes::kE2M1) return 1.0f;
+  return 0.25f * load(g.second_scale.data, g.second_scale.dtype, row * g.second_scale.stride);
+}
+
+float bias_of(const Gemm& g, int64_t row) {
+  return g.bias.data ? load(g.bias.data, g.bias.dtype, row * g.bias.stride) : 0.0f;
+}
 
 // 16 weight rows in the form that `multiply` and `branch` read. Rows past the last are zeros.
 class Panel {
@@ -84,24 +105,17 @@ class Panel {
     columns(g_.weight_scales, first_row, rows, shape_.used, shape_.groups, scales_ + 0);
     if (g_.kind == Codes::kE2M1) load_second_scale(first_row, rows);
     columns(g_.up, first_row, rows, g_.r, g_.r, up_ + 0);
-    for (int64_t i = 0; i < kPanel; ++i) {
-      bias_[i] = g_.bias.data && i < rows ? cpu::load(g_.bias.data, g_.bias.dtype, (first_row + i) * g_.bias.stride) : 0;
-    }
+    for (int64_t i = 0; i < kPanel; ++i) bias_[i] = i < rows ? bias_of(g_, first_row + i) : 0.0f;
   }
 
   // out = bias + branch + 4-bit product, for tokens first .. first + rows.
   void run(const Activations& acts, int64_t first, int64_t rows, float* out, int64_t stride) const {
     s_.branch(g_.hidden + first * g_.r, rows, g_.r, up_ + 0, bias_, out, stride);
-    const int64_t group = first * shape_.groups;
-    const Tile tile = {rows,
-                       shape_.groups,
-                       bytes_ + 0,
-                       scales_ + 0,
-                       acts.codes + first * shape_.blocks * kBlock,
-                       acts.starts + group,
-                       acts.scales + group,
-                       out,
-                       stride};
+    Tile tile = acts.tile(shape_, first, rows);
+    tile.panel = bytes_ + 0;
+    tile.weight_scales = scales_ + 0;
+    tile.out = out;
+    tile.out_stride = stride;
     s_.multiply(tile, table_.group);
   }
 
@@ -125,13 +139,9 @@ class Panel {
     s_.interleave(line_ + 0, stride, to);
   }
 
-  // Times the second scale, and a quarter: both sides' e2m1 values were doubled.
   void load_second_scale(int64_t first_row, int64_t rows) const {
     float factors[kPanel] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = (first_row + i) * g_.second_scale.stride;
-      factors[i] = 0.25f * cpu::load(g_.second_scale.data, g_.second_scale.dtype, at);
-    }
+    for (int64_t i = 0; i < rows; ++i) factors[i] = second_scale(g_, first_row + i);
     for (int64_t g = 0; g < shape_.groups; ++g) {
       for (int64_t i = 0; i < kPanel; ++i) scales_[g * kPanel + i] *= factors[i];
     }
@@ -166,6 +176,34 @@ void run_strip(const Gemm& g, const Panel& panel, const Activations& acts, int64
   }
 }
 
+// One token: reading the nibbles once, in the order in which they lie, is all there is to gain.
+bool suits_dot4(const Gemm& g, const Spelling& s) {
+  return s.dot4 && g.m == 1 && g.n % 4 == 0 && g.k % kBlock == 0;
+}
+
+// Outputs begin..end, in fours.
+void run_token(const Gemm& g, const Shape& shape, const Spelling& s, const CodeTable& table, const Activations& acts,
+               int64_t begin, int64_t end) {
+  const int64_t rank = ceil_div(g.r, 8) * 8;  // the branch in whole vectors
+  const Scratch<float> scales(4 * shape.groups), up(4 * rank), hidden(rank);
+  std::memset(up + 0, 0, static_cast<size_t>(4 * rank) * sizeof(float));
+  std::memset(hidden + 0, 0, static_cast<size_t>(rank) * sizeof(float));
+  s.widen(g.hidden, DType::kF32, hidden + 0, g.r);
+  for (int64_t row = begin * 4; row < end * 4; row += 4) {
+    float* out = g.out + row;
+    for (int64_t i = 0; i < 4; ++i) {
+      s.widen(row_of(g.up, row + i), g.up.dtype, up + i * rank, g.r);
+      float* to = scales + i * shape.groups;
+      s.widen(row_of(g.weight_scales, row + i), g.weight_scales.dtype, to, shape.groups);
+      const float factor = second_scale(g, row + i);
+      for (int64_t j = 0; j < shape.groups && factor != 1.0f; ++j) to[j] *= factor;
+    }
+    s.project(hidden + 0, 1, up + 0, rank, 4, out);
+    s.dot4(g.weight_codes + row * g.k / 2, g.k / 2, scales + 0, table, acts.tile(shape, 0, 1), out);
+    for (int64_t i = 0; i < 4; ++i) out[i] += bias_of(g, row + i);
+  }
+}
+
 }  // namespace
 }  // namespace cpu
 
@@ -176,6 +214,12 @@ const char* gemm(const Gemm& args, const Launch& launch) {
   const CodeTable table = table_of(args.kind);
   const Shape shape(args);
   const Activations acts(args, shape, *s, table, launch);
+  if (suits_dot4(args, *s)) {
+    for_ranges(launch, args.n / 4, ceil_div(1 << 16, args.k), [&](int64_t begin, int64_t end) {
+      run_token(args, shape, *s, table, acts, begin, end);
+    });
+    return nullptr;
+  }
   const int64_t panels = ceil_div(args.n, kPanel), strips = ceil_div(args.m, kStrip);
   const int64_t grain = ceil_div(1 << 18, args.k * kPanel * (args.m < kStrip ? args.m : kStrip));
   for_ranges(launch, strips * panels, grain, [&](int64_t begin, int64_t end) {

@@ -160,7 +160,7 @@ void dot_awq(const uint8_t* codes, int64_t blocks, int64_t per_group, const floa
 
 const Spelling* portable() {
   static const Spelling spelling = {"portable", supported,  widen,    smooth, codes_int4, codes_e2m1, project, arrange,
-                                    unpack,     interleave, multiply, branch, order_awq,  dot_awq};
+                                    unpack,     interleave, multiply, nullptr, branch, order_awq,  dot_awq};
   return &spelling;
 }
 

@@ -57,8 +57,9 @@ class Request:
 class Spelling:
     """A row of the table: what a spelling is for, and what it needs.
 
-    needs   what a device lacks for it, "" if nothing
-    built   False while its sources do not exist
+    needs       what a device lacks for it, "" if nothing
+    built       False while its sources do not exist
+    on_request  why it runs only where it is asked for by name, "" if it may be chosen
     """
 
     name: str
@@ -67,6 +68,7 @@ class Spelling:
     needs: Callable[[Device], str]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     built: bool = True
+    on_request: str = ""
     most_tokens: int | None = None
 
 
@@ -94,7 +96,9 @@ SPELLINGS = (
     Spelling("avx512", "cpu", OPS, _feature("avx512")),
     Spelling("avx2", "cpu", OPS, _feature("avx2")),
     Spelling("neon", "cpu", OPS, _feature("neon")),
-    Spelling("portable", "cpu", OPS, _feature("portable")),
+    Spelling(
+        "portable", "cpu", OPS, _feature("portable"), on_request="slower than torch for a whole picture"
+    ),
     Spelling("wgmma_sm90", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma"), HALVES, built=False),
     Spelling(
         "mxf4_sm120", "cuda", OPS[2:5:2], _capability((12, 0), NEWEST, "mxf4nvf4 mma"), HALVES, built=False
@@ -148,6 +152,7 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
     too_many = row.most_tokens is not None and request.tokens is not None and request.tokens > row.most_tokens
     checks = (
         (not row.built, UNBUILT),
+        (bool(row.on_request) and request.wanted != row.name, row.on_request),
         (request.wanted == "off", "SVDQUANT_KERNELS is off"),
         (request.wanted not in ("auto", "off", row.name), f"SVDQUANT_KERNELS asks for {request.wanted}"),
         (bool(device.missing), device.missing),

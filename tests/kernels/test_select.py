@@ -15,7 +15,8 @@ INT4 = Request("gemm_int4", "bfloat16")
 
 CHOICES = {  # device, request, spelling
     "best-of-three": (X86, INT4, "avx512"),
-    "old-processor": (OLD_X86, INT4, "portable"),
+    "old-processor": (OLD_X86, INT4, "reference"),
+    "plain-on-request": (OLD_X86, Request("gemm_int4", "bfloat16", wanted="portable"), "portable"),
     "arm": (ARM, INT4, "neon"),
     "asked-by-name": (X86, Request("gemm_int4", "bfloat16", wanted="avx2"), "avx2"),
     "asked-for-what-is-not-here": (ARM, Request("gemm_int4", "bfloat16", wanted="avx2"), "reference"),
@@ -63,6 +64,7 @@ REASONS = {  # device, request, spelling, reason
     ),
     "capability": (H100, INT4, "mma_s4", "mma.s4 needs compute capability 8.0 to 8.9, this is 9.0"),
     "one-capability": (H100, INT4, "mma_sm75", "mma.m8n8k32 needs compute capability 7.5, this is 9.0"),
+    "on-request": (OLD_X86, INT4, "portable", "slower than torch for a whole picture"),
     "tokens": (H100, Request("gemv_awq", "bfloat16", tokens=9), "gemv", "more than 8 tokens"),
 }
 
@@ -74,12 +76,12 @@ def test_reason(device, request_, spelling, reason):
 
 def test_nothing_against_what_is_chosen():
     assert choose(X86, INT4).against == {}
-    assert set(choose(OLD_X86, INT4).against) == {"avx512", "avx2", "neon"}
+    assert set(choose(OLD_X86, INT4).against) == {"avx512", "avx2", "neon", "portable"}
 
 
 def test_a_missing_library_is_the_only_reason_given_for_it():
     """What the processor lacks is unknown without the library, so nothing is claimed about it."""
-    assert choose(NO_COMPILER, INT4).against["avx512"] == (NO_COMPILER.missing,)
+    assert choose(NO_COMPILER, INT4).against["avx2"] == (NO_COMPILER.missing,)
 
 
 def test_sentence():
