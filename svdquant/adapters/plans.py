@@ -18,13 +18,15 @@ from .plan_flux import flux_jobs, flux_metadata, flux_names, stored_name
 GROUPS = {"int4": INT4.group, "nvfp4": NVFP4.group, "awq": AWQ.group}
 KEPT = (
     "*embed*",
+    "*emb_layers*",
     "*_in.*",
     "*_in",
     "*final_layer*",
     "*norm*",
     "*proj_out",
     "*adaln*",
-    "*t_block*",
+    "t_block.*",
+    "*label_emb*",
     "*time*",
     "out.*",
 )

@@ -22,7 +22,7 @@ from ..core.weights import QuantSpec
 T = torch.bfloat16
 INT4_FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, -7 / 8, -0.82, -0.78)
 NVFP4_FACTORS = (1.0, 0.95, 0.9, 0.8, 2 / 3, 1.05, 1.1, 1.2, 1.3, 1.5)
-_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+CACHED = 2**17  # numbers that a CPU core's cache holds together with what is made of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +47,9 @@ def snap(x: Tensor, spec: QuantSpec) -> Tensor:
     """The nearest value of the unit grid: -8..7, or e2m1."""
     if spec.format == "int4":
         return x.round().clamp(int4.STORED_MIN, int4.STORED_MAX)
-    values = torch.tensor(fp4.E2M1_VALUES, device=x.device)
-    return values[torch.bucketize(x.abs(), torch.tensor(_MIDPOINTS, device=x.device))] * x.sign()
+    size = x.abs().clamp(max=fp4.E2M1_MAX)
+    step = 0.5 + 0.5 * (size >= 2) + (size >= 4)
+    return (size / step).round() * step * x.sign()
 
 
 def nearest(w: Tensor, grid: Grid) -> Tensor:
@@ -76,9 +77,16 @@ def scales_mse(w: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> 
 
     importance  [K]   weighs the columns, e.g. mean square of the inputs; None: all alike
     """
+    second = _second(w, spec)
+    rows = len(w) if w.is_cuda else max(CACHED // w.shape[1], 1)
+    scales = torch.cat([_best_scales(part, spec, second, importance) for part in w.split(rows)])
+    return Grid(spec, scales.to(torch.float8_e4m3fn if spec.format == "nvfp4" else T), second)
+
+
+def _best_scales(w: Tensor, spec: QuantSpec, second: Tensor | None, importance: Tensor | None) -> Tensor:
+    """The chosen scales of some rows, [n, K/group] fp32."""
     factors = INT4_FACTORS if spec.format == "int4" else NVFP4_FACTORS
     weigh = 1.0 if importance is None else importance
-    second = _second(w, spec)
     least = scales = None
     for tried in _candidates(w, spec, second, factors):
         error = group((nearest(w, tried) - w).square() * weigh, spec.group).sum(-1)
@@ -90,7 +98,7 @@ def scales_mse(w: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> 
                 torch.where(better, error, least),
                 torch.where(better, tried.scales.float(), scales),
             )
-    return Grid(spec, scales.to(torch.float8_e4m3fn if spec.format == "nvfp4" else T), second)
+    return scales
 
 
 def _second(w: Tensor, spec: QuantSpec) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 
 from svdquant_nodes.svdquant.core import fp4, int4
 from svdquant_nodes.svdquant.core.weights import INT4, NVFP4
-from svdquant_nodes.svdquant.quantizer.rounding import nearest, pack_codes, scales_absmax, scales_mse
+from svdquant_nodes.svdquant.quantizer.rounding import nearest, pack_codes, scales_absmax, scales_mse, snap
 
 SPECS = pytest.mark.parametrize("spec", [INT4, NVFP4], ids=lambda spec: spec.format)
 METHODS = pytest.mark.parametrize("method", [scales_absmax, scales_mse], ids=lambda m: m.__name__)
@@ -78,3 +78,12 @@ def test_a_zero_weight_stays_zero(spec):
     grid = scales_mse(torch.zeros(4, 64), spec)
     assert torch.equal(nearest(torch.zeros(4, 64), grid), torch.zeros(4, 64))
     assert bool(torch.isfinite(grid.scales.float()).all())
+
+
+@SPECS
+def test_snap_takes_the_nearest_code(spec):
+    x = torch.cat((torch.linspace(-9, 9, 4001), torch.randn(4000) * 3))
+    grid = torch.arange(-8.0, 8) if spec.format == "int4" else fp4.decode(torch.arange(16, dtype=torch.uint8))
+    nearest_there_is = (x[:, None] - grid).abs().amin(1)
+    assert torch.equal((x - snap(x, spec)).abs(), nearest_there_is)
+    assert set(snap(x, spec).tolist()) <= set(grid.tolist())
