@@ -231,9 +231,9 @@ def test_any_other_model_keeps_its_names(tmp_path):
     assert open_checkpoint(tmp_path / "kept.safetensors").info["blocks.0.attn.qkv"].spec.format == "awq"
 
 
-def svdquant(*arguments):
-    command = [sys.executable, str(ROOT / "tools" / "svdquant"), "quantize", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def svdquant(*arguments, command="quantize"):
+    line = [sys.executable, str(ROOT / "tools" / "svdquant"), command, *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
 
 
 def test_command_line(source, tmp_path):
@@ -252,6 +252,25 @@ def test_command_line_refuses_in_one_sentence(source, tmp_path):
     done = svdquant(source, source)
     assert done.returncode == 2
     assert "got the source itself" in done.stderr
+
+
+def test_compare_tells_the_error_that_quantizing_told(source, tmp_path):
+    plan, seen = make_plan(open_source(source), rank=16), Statistics(tokens=64)
+    for job in plan.jobs:
+        k = plan.source.shapes[f"{job.source}.weight"][1]
+        for call in range(12):
+            x = torch.randn(20, k, generator=torch.Generator().manual_seed(call))
+            seen.see(job.source, torch.nn.functional.gelu(x).bfloat16())
+    save(tmp_path / "stats.safetensors", seen)
+    made = tmp_path / "out.safetensors"
+    told = quantize(source, made, "svdquant", statistics=seen)
+    done = svdquant(source, made, "--stats", tmp_path / "stats.safetensors", "--json", command="compare")
+    assert done.returncode == 0, done.stderr
+    found = {one["name"]: one["error"] for one in json.loads(done.stdout)}
+    assert set(found) == set(told)
+    assert all(abs(found[name] - told[name]) < 0.003 for name in told)
+    weights = svdquant(source, made, command="compare").stdout
+    assert "15 linears, worst first; mean error of weights" in weights
 
 
 def _one_sample():

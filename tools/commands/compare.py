@@ -1,0 +1,96 @@
+"""How far each linear of a 4-bit checkpoint is from its 16-bit original: of weights, or of outputs with statistics."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ...loaders.checkpoint import Checkpoint
+from ...loaders.detect import open_checkpoint
+from ...loaders.source import Job, SourceModel, open_source
+from ...svdquant.adapters.families import resolve
+from ...svdquant.adapters.family import apply_role, straighten
+from ...svdquant.adapters.plans import make_plan
+from ...svdquant.core import linear, reference
+from ...svdquant.core.weights import LinearWeights
+from ...svdquant.quantizer import report, statistics
+from ...svdquant.quantizer.task import Sample
+
+
+@dataclass(frozen=True)
+class Found:
+    """One linear: what it is, and its relative error."""
+
+    name: str
+    precision: str
+    rank: int
+    nbytes: int
+    error: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="the 16-bit original")
+    parser.add_argument("made", metavar="FILE", help="the 4-bit checkpoint")
+    parser.add_argument(
+        "--stats", type=Path, metavar="FILE", help="statistics: compare outputs on held-out inputs"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def main(args: argparse.Namespace) -> int:
+    source, checkpoint = open_source(args.source), open_checkpoint(args.made)
+    samples = statistics.load(args.stats) if args.stats else {}
+    found = sorted(compare(source, checkpoint, samples), key=lambda one: -one.error)
+    if not found:
+        raise ValueError(
+            f"{checkpoint.path.name}: expected linears of {source.path.name}, got none of the same name."
+        )
+    if args.json:
+        print(json.dumps([vars(one) for one in found], indent=2))
+        return 0
+    for one in found:
+        print(
+            f"  {one.name:<44} {one.precision:6} r{one.rank:<4} {one.nbytes / 2**20:8.2f} MB {100 * one.error:7.2f} %"
+        )
+    mean = report.decibels({one.name: one.error for one in found})
+    print(
+        f"{len(found)} linears, worst first; mean error of {'outputs' if samples else 'weights'} {mean:.2f} dB"
+    )
+    return 0
+
+
+def compare(source: SourceModel, checkpoint: Checkpoint, samples: dict[str, Sample]) -> Iterator[Found]:
+    """Every linear that both files have; with samples, only those that have one."""
+    plan, family = make_plan(source, rank=0), resolve(checkpoint)
+    roles = family.roles(checkpoint) if family else {}
+    for job in plan.jobs:
+        if job.name not in checkpoint.info or (samples and (job.chunks or job.source not in samples)):
+            continue
+        weights = checkpoint.layers[job.name]
+        if job.name in roles:
+            weights = apply_role(weights, roles[job.name])
+        if job.chunks:
+            weights = straighten(weights, job.chunks)
+        info = checkpoint.info[job.name]
+        error = error_of(plan.source, job, weights, samples)
+        yield Found(job.name, weights.spec.format, weights.rank, info.nbytes, error)
+
+
+def error_of(source: SourceModel, job: Job, weights: LinearWeights, samples: dict[str, Sample]) -> float:
+    """||y4 - y16|| / ||y16 - bias|| on the held-out rows, or of the weights."""
+    weight, bias = source.cut(job)
+    if not samples:
+        return relative(reference.dequantize(weights), weight)
+    x = samples[job.source].held[:, slice(*job.columns)]
+    wanted = x.float() @ weight.T
+    y = linear.linear(x, weights, reference)
+    return relative(y if bias is None else y - bias, wanted)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
