@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..svdquant.adapters import folders
 from .apply_lora import SVDQuantApplyLora
+from .bake_lora import SVDQuantBakeLora
 from .calibrate import SVDQuantCalibrate
 from .compare import SVDQuantCompare
 from .demo import SVDQuantDemoPrompt, SVDQuantDemoVAE
@@ -28,6 +29,7 @@ class SVDQuantExtension(ComfyExtension):
         return [
             SVDQuantLoadModel,
             SVDQuantApplyLora,
+            SVDQuantBakeLora,
             SVDQuantSample,
             SVDQuantInspect,
             SVDQuantFetchModel,

@@ -14,7 +14,7 @@ def _lora_inputs(suffix: str = "") -> list[io.Input]:
         io.Combo.Input(
             f"lora_name{suffix}",
             options=folders.names(folders.LORAS),
-            tooltip="A LoRA in models/loras, in ComfyUI, kohya or diffusers naming.",
+            tooltip="A LoRA in models/loras, in any trainer's naming.",
         ),
         io.Float.Input(
             f"strength{suffix}",
@@ -58,7 +58,7 @@ class SVDQuantApplyLora(io.ComfyNode):
             outputs=[
                 io.Model.Output(tooltip="A clone with the LoRAs; the input model is unchanged."),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Layers matched, rank, and tensors left over."
+                    "report", display_name="report", tooltip="Layers matched, rank, bytes, error, and tensors left over."
                 ),
             ],
         )

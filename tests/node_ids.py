@@ -9,6 +9,7 @@ from svdquant_nodes.tools.pack import ROOT
 NODE_IDS = {
     "SVDQuantLoadModel",
     "SVDQuantApplyLora",
+    "SVDQuantBakeLora",
     "SVDQuantSample",
     "SVDQuantInspect",
     "SVDQuantFetchModel",

@@ -59,8 +59,15 @@ class Notes:
 
 
 def error_limit() -> float:
-    """Largest relative error a truncation may have before the difference is kept whole (SVDQUANT_LORA_ERROR)."""
-    return float(os.environ.get("SVDQUANT_LORA_ERROR") or 1e-3)
+    """Largest relative error a truncation may have before the difference is kept whole (SVDQUANT_LORA_ERROR).
+
+    Raises ValueError where the setting is no number.
+    """
+    setting = os.environ.get("SVDQUANT_LORA_ERROR") or "0.001"
+    try:
+        return float(setting)
+    except ValueError:
+        raise ValueError(f"SVDQUANT_LORA_ERROR: expected a number such as 0.001, got {setting!r}.") from None
 
 
 def join(
