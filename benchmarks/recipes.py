@@ -75,13 +75,15 @@ def main() -> None:
     parser.add_argument("--blocks", default="3", help="comma-separated, 0..5")
     parser.add_argument("--tokens", type=int, default=real_layers.CALIBRATION)
     parser.add_argument("--only", help="comma-separated ends of layer names, such as qkv,fc1")
+    parser.add_argument("--recipes", help="rows of the table, separated by semicolons; all by default")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     layers = real_layers.load(args.packages, {int(b) for b in args.blocks.split(",")})
     if args.only:
         layers = [one for one in layers if one.name.endswith(tuple(args.only.split(",")))]
     print(f"{args.format}, rank {args.rank}, {len(layers)} layers, {args.tokens} calibration tokens")
-    for name, (recipe, centred) in ROWS.items():
+    for name in args.recipes.split(";") if args.recipes else ROWS:
+        recipe, centred = ROWS[name]
         errors, began = {}, time.perf_counter()
         for layer in layers:
             task = task_of(layer, args.format, args.rank, args.tokens, centred)
