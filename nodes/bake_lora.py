@@ -58,11 +58,12 @@ class SVDQuantBakeLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, lora_name: str, strength: float, file_name: str) -> io.NodeOutput:
+        target = bake.new_file(folders.download_folder(folders.MODELS), file_name)
         baked = bake.bake(
             folders.find(folders.MODELS, model_name),
             [(folders.find(folders.LORAS, lora_name), strength)],
-            bake.new_file(folders.download_folder(folders.MODELS), file_name),
-            rest=bake.new_file(folders.download_folder(folders.LORAS), f"{file_name}-rest"),
+            target,
+            rest=folders.download_folder(folders.LORAS) / f"{target.stem}-rest.safetensors",
             progress=folders.show_progress(),
         )
         return io.NodeOutput(str(baked), ui=ui.PreviewText(str(baked)))

@@ -42,3 +42,19 @@ def test_the_demo_lora_at_a_strength(twins, tmp_path):
     if baked.rest:
         model, _ = apply_lora(model, baked.rest, 1.0)
     assert_close(sample(model), sample(apply_lora(twins.quantized, DEMO_LORA, 0.6)[0]), "host_dense_branch")
+
+
+def test_the_node_writes_both_files(tmp_path, monkeypatch):
+    from svdquant_nodes.nodes.bake_lora import SVDQuantBakeLora
+    from svdquant_nodes.svdquant.adapters import folders
+
+    save_file(bf16(loras.kohya()), tmp_path / "some.safetensors")
+    found = {folders.MODELS: DEMO_INT4, folders.LORAS: tmp_path / "some.safetensors"}
+    monkeypatch.setattr(folders, "find", lambda kind, name: found[kind])
+    monkeypatch.setattr(folders, "download_folder", lambda kind: tmp_path / kind)
+    for kind in found:
+        (tmp_path / kind).mkdir()
+    made = SVDQuantBakeLora.execute("model", "lora", 0.8, "mine.safetensors")
+    assert made.args[0].startswith("mine.safetensors: ")
+    assert (tmp_path / folders.MODELS / "mine.safetensors").is_file()
+    assert (tmp_path / folders.LORAS / "mine-rest.safetensors").is_file()
