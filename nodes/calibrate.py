@@ -10,7 +10,7 @@ from ..svdquant.adapters import calibration
 from ..svdquant.quantizer.statistics import Statistics
 
 log = logging.getLogger("svdquant-nodes")
-StatisticsType = io.Custom("SVDQUANT_STATISTICS")
+StatisticsType = io.Custom("SVDQ_STATISTICS")
 
 
 class SVDQuantCalibrate(io.ComfyNode):
