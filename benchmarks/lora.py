@@ -178,9 +178,7 @@ def print_table(rows: list[dict]) -> None:
     for row in rows:
         for step, ms in row["merging"].items():
             print(f"{row['rank']:4}  {step:8} {row['ours'][step]:11.1f} ms  {ms:14.0f} ms")
-        print(
-            f"      our part {row['ours']['join']:11.1f} ms   (the rest: the host walks its modules)"
-        )
+        print(f"      our part {row['ours']['join']:11.1f} ms   (the rest: the host walks its modules)")
         mb = [row[kind] / 2**20 for kind in ("branch_bytes", "backup_bytes")]
         print(f"      memory   {mb[0]:11.0f} MB  {mb[1]:14.0f} MB of backups")
 
