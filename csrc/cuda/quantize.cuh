@@ -215,9 +215,9 @@ __device__ __forceinline__ void reduce_hidden(const Quantize& q, int64_t token0,
 }
 
 // blockIdx.x counts 16 tokens, blockIdx.y chunks of kRank ranks; the first of those writes codes and scales.
-// kX is the type of x and of down, or kF32 for any pair of types.
+// kX is the type of x and of down, or kF32 for any pair of types. Two blocks an SM, where the sums leave room for two.
 template <DType kX, bool kE2M1, int kRank>
-__global__ void __launch_bounds__(32 * kWarps) quantize_kernel(QuantizeParams p) {
+__global__ void __launch_bounds__(32 * kWarps, kRank > 32 ? 1 : 2) quantize_kernel(QuantizeParams p) {
   constexpr bool kTensor = kX != DType::kF32;
   const Quantize& q = p.args;
   const DType dtype = kTensor ? kX : q.x.dtype;

@@ -161,7 +161,7 @@ class Kernels:
             second.stride = 0
         factors = (_floats(w.scales), second, _floats(w.up), _floats(w.bias))
         pointers = _data(codes), _floats(scales), _data(hidden), _data(w.codes)
-        args = Gemm(KINDS[kind], m, n, k, w.rank, *pointers, *factors, None)
+        args = Gemm(KINDS[kind], m, n, k, w.rank, *pointers, *factors, _data(out))
         read = (codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias)
         output = Output(_data(out), DTYPES[dtype], n)
         self._call(f"gemm_by_{product}", args, output, read=read, written=(out,))
@@ -211,3 +211,46 @@ def _floats(t: Tensor | None) -> Floats:
         return Floats(None, 0, 0)
     stride = 0 if t.ndim == 1 and t.numel() == 1 else t.stride(0)
     return Floats(_data(t), DTYPES[t.dtype], stride)
+
+
+@dataclass(frozen=True)
+class EmulatedOps:
+    """core.reference's signatures over a GPU library's entry points, for one card and spelling."""
+
+    arch: int
+    spelling: str
+
+    def _kernels(self) -> Kernels:
+        return Entered(self.arch, spelling=self.spelling)
+
+    def quantize_int4(self, x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._kernels().quantize("int4", x, smooth, down)
+
+    def quantize_int4_unsigned(
+        self, x: Tensor, smooth: Tensor, down: Tensor, shift: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._kernels().quantize("int4-unsigned", x, smooth, down, shift=shift)
+
+    def quantize_nvfp4(self, x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._kernels().quantize("nvfp4", x, smooth, down)
+
+    def gemm_int4(self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
+        kind = "int4-unsigned" if codes.dtype == torch.uint8 else "int4"
+        return self._kernels().gemm("", kind, codes, scales, hidden, weights)
+
+    def gemm_nvfp4(self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
+        return self._kernels().gemm("", "nvfp4", codes, scales, hidden, weights)
+
+    def gemv_awq(self, x: Tensor, weights: LinearWeights) -> Tensor:
+        return self._kernels().gemv(x, weights)
+
+
+@dataclass(frozen=True)
+class Entered(Kernels):
+    """The same kernels, called as ops.cpp calls them: by the name of a spelling."""
+
+    spelling: str = ""
+
+    def _call(self, name: str, *args: object, **tensors: tuple[Tensor | None, ...]) -> None:
+        entry = f"enter_{name.partition('_')[0]}"
+        super()._call(entry, self.spelling.encode(), args[0], **tensors)

@@ -1,6 +1,6 @@
 // What the tests call, by ctypes.
 #include "cuda_launch.h"
-#include "mma.cuh"
+#include "gemm.cuh"
 
 using namespace svdquant;
 using emulator::Block;
@@ -39,4 +39,6 @@ const char* enter_quantize(const char* spelling, const Quantize* args) { return 
 const char* enter_gemm(const char* spelling, const Gemm* args) { return gemm(*args, {spelling}); }
 const char* enter_gemv(const char* spelling, const Gemv* args) { return gemv_awq(*args, {spelling}); }
 const char* list_spellings() { return spellings(); }
+
+bool prefers_small_tile(int64_t m, int64_t n) { return cuda::prefers_small_tile(m, n); }
 }

@@ -1,0 +1,117 @@
+"""Every .cu compiles for every card, without spills where speed is made, to the tensor-core instruction it is for."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from svdquant_nodes.svdquant.kernels import jit
+
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+CARDS = ("75", "80", "86", "89", "90a", "100a", "120a")
+NARROW = ("80", "86", "89")  # with products of 4-bit integers
+
+
+def on(cards: tuple[str, ...], *instructions: str) -> dict[str, set[str]]:
+    return {card: set(instructions) for card in cards}
+
+
+# What the kernels of a file are made for, by card. gemm_int4.cu is empty where 4-bit products are emulated.
+TURING, EVERYWHERE_ELSE = CARDS[:1], CARDS[1:]
+HALVES = on(EVERYWHERE_ELSE, "HMMA.16816.F32", "HMMA.16816.F32.BF16") | on(TURING, "HMMA.1688.F32")
+INSTRUCTIONS = {
+    "gemm_int4.cu": on(CARDS)
+    | on(NARROW, "IMMA.16864.S4.S4", "IMMA.16864.U4.S4")
+    | on(TURING, "IMMA.8832.S4.S4", "IMMA.8832.U4.S4"),
+    "gemm_int4_wide.cu": on(EVERYWHERE_ELSE, "IMMA.16832.S8.S8") | on(TURING, "IMMA.8816.S8.S8"),
+    "gemm_nvfp4.cu": on(EVERYWHERE_ELSE, "HMMA.16816.F32") | on(TURING, "HMMA.1688.F32"),
+    "quantize_int.cu": HALVES,
+    "quantize_nvfp4.cu": HALVES,
+    "gemv_awq.cu": on(CARDS),
+    "entry.cu": on(CARDS),
+}
+UNITS = [(source, card) for source in INSTRUCTIONS for card in CARDS]
+
+
+def nvcc() -> Path | None:
+    home = jit.cuda_home()
+    found = home and shutil.which("nvcc", path=home / "bin")
+    return Path(found) if found else None
+
+
+def nvdisasm() -> str | None:
+    """From the toolkit, or from the wheels that carry it: nvidia-cuda-nvdisasm, triton."""
+    folders = [home / "bin" for home in [jit.cuda_home()] if home]
+    for package, inner in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
+        spec = importlib.util.find_spec(package)
+        folders += [Path(place) / inner for place in (spec.submodule_search_locations or ())] if spec else []
+    return shutil.which("nvdisasm", path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
+
+
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="nvcc is missing: nothing can be compiled for a GPU")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    ptxas: str  # what it says about registers and spills
+    sass: str | None  # None without nvdisasm
+
+
+@functools.cache
+def compiled(source: str, card: str) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        command = [
+            nvcc(),
+            "-std=c++17",
+            "-cubin",
+            f"-arch=sm_{card}",
+            "-Xptxas",
+            "-v",
+            CUDA / source,
+            "-o",
+            cubin,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.fail(done.stderr, pytrace=False)
+        tool = nvdisasm()
+        sass = (
+            subprocess.run([tool, cubin], capture_output=True, text=True, check=True).stdout if tool else None
+        )
+        return Compiled(done.stderr, sass)
+
+
+@pytest.mark.parametrize(("source", "card"), UNITS, ids=[f"{source}-sm_{card}" for source, card in UNITS])
+def test_compiles_without_spills(source, card):
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", compiled(source, card).ptxas)
+    assert spills or source == "entry.cu"
+    assert {int(bytes_) for pair in spills for bytes_ in pair} <= {0}
+
+
+@pytest.mark.parametrize(("source", "card"), UNITS, ids=[f"{source}-sm_{card}" for source, card in UNITS])
+def test_tensor_core_instruction(source, card):
+    """And no subroutine among the products, which is what an instruction that a card lacks becomes."""
+    sass = compiled(source, card).sass
+    if sass is None:
+        pytest.skip("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
+    products = set(re.findall(r"\b[A-Z]*MMA\.[A-Z0-9.]+", sass))
+    expected = INSTRUCTIONS[source][card]
+    assert expected <= products if expected else not products
+    if source.startswith("gemm"):
+        assert not re.search(r"\bRET\b", sass)
+
+
+def test_every_source_is_in_the_table():
+    assert {
+        file.name for file in CUDA.glob("*.cu") if not file.name.startswith("hopper")
+    } == INSTRUCTIONS.keys()
