@@ -58,7 +58,9 @@ class SVDQuantApplyLora(io.ComfyNode):
             outputs=[
                 io.Model.Output(tooltip="A clone with the LoRAs; the input model is unchanged."),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Layers matched, rank, bytes, error, and tensors left over."
+                    "report",
+                    display_name="report",
+                    tooltip="Layers matched, rank, bytes, error, tensors left over.",
                 ),
             ],
         )

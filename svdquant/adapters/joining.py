@@ -215,7 +215,9 @@ def _seeing(
     layer: QuantizedLinear, key: str, patch: Patch, joined: list[Branch], device: torch.device
 ) -> list[Branch]:
     """The branches after a patch that looks at the weight as the branches before it have left it."""
-    weight = layer.weight.to(device=device)  # dequantized here: the tensor's own method would round to 16 bits
+    weight = layer.weight.to(
+        device=device
+    )  # dequantized here: the tensor's own method would round to 16 bits
     base, _ = layout.dense(layout.unpack(weight._qdata, weight._params), tuple(weight.shape), None)
     before = base + dense_sum(joined, tuple(base.shape), device=device)
     pair = _glora(patch, before)
