@@ -40,7 +40,7 @@ struct Shape {
 struct Activations {
   Activations(const Gemm& g, const Shape& shape, const Spelling& s, const CodeTable& table, const Launch& launch)
       : codes(g.m * shape.blocks * kBlock), starts(g.m * shape.groups), scales(g.m * shape.groups) {
-    for_ranges(launch, g.m, ceil_div(1 << 15, g.k), [&](int64_t begin, int64_t end) {
+    for_ranges(launch, g.m, ceil_div(kCopyGrain, g.k), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) prepare(g, shape, s, table, m);
     });
   }

@@ -12,7 +12,7 @@ const char* gemv_awq(const Gemv& args, const Launch& launch) {
   if (!s) return "this processor has no such spelling";
   const int64_t blocks = args.k / kBlock, groups = args.k / args.group;
   const Scratch<float> ordered(args.m * args.k), sums(args.m * blocks * kAwqSums);
-  for_ranges(launch, args.m, ceil_div(1 << 14, args.k), [&](int64_t begin, int64_t end) {
+  for_ranges(launch, args.m, ceil_div(kCopyGrain, args.k), [&](int64_t begin, int64_t end) {
     const Scratch<float> x(args.k);
     for (int64_t m = begin; m < end; ++m) {
       s->widen(row_of(args.x, m), args.x.dtype, x + 0, args.k);

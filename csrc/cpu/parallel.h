@@ -7,6 +7,9 @@
 
 namespace svdquant::cpu {
 
+// Elements that one thread copies or converts in the time that waking another takes.
+constexpr int64_t kCopyGrain = 1 << 17;
+
 // Calls f(begin, end) for ranges that cover 0..count.
 template <class F>
 void for_ranges(const Launch& launch, int64_t count, int64_t grain, const F& f) {

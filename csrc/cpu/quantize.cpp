@@ -11,7 +11,7 @@ namespace {
 // A vector or matrix of any float as fp32 rows without gaps.
 void widen_rows(const Spelling& s, const Launch& launch, const Floats& from, int64_t rows, int64_t columns,
                 const Scratch<float>& to) {
-  for_ranges(launch, rows, ceil_div(1 << 15, columns), [&](int64_t begin, int64_t end) {
+  for_ranges(launch, rows, ceil_div(kCopyGrain, columns), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) s.widen(row_of(from, i), from.dtype, to + i * columns, columns);
   });
 }
