@@ -63,8 +63,12 @@ _FAKES = {
 }
 
 
-def _declare() -> None:
-    """Tell torch the schemas, unless a second copy of this pack in the process has done so."""
+@cache
+def declare() -> None:
+    """Tell torch the schemas, unless a second copy of this pack in the process has done so.
+
+    Not at import: torch looks for the caller among all loaded modules, six times, which takes 0.2 s in a host.
+    """
     if hasattr(torch.ops.svdquant, "gemv_awq"):
         return
     for schema in SCHEMAS:
@@ -73,15 +77,13 @@ def _declare() -> None:
         torch.library.register_fake(f"svdquant::{name}", fake, lib=library)
 
 
-_declare()
-
-
 # ---- which spelling ----
 
 
 @cache
 def device(kind: str, index: int | None = None) -> select.Device:
     """What a device can do; builds or loads its library on the first call."""
+    declare()
     if kind == "cpu":
         missing = jit.load(jit.cpu_target())
         names = "" if missing else torch.ops.svdquant.spellings(torch.empty(0))
