@@ -284,7 +284,7 @@ void unpack(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable
   const char* next = reinterpret_cast<const char*>(rows + kPanel * stride);
   for (int64_t block = 0; block < blocks; ++block) {
     for (int64_t half = 0; half < 2; ++half) {
-      // Sixteen rows at once are too many streams for the hardware to foresee: ask for the next panel in a straight line.
+      // Sixteen rows at once are too many streams for the hardware to foresee: the next panel, in a straight line.
       for (int i = 0; i < 4; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
       __m256i v[8];
       for (int i = 0; i < 8; ++i) v[i] = load_bytes(rows + (half * 8 + i) * stride + block * 32);
@@ -375,7 +375,7 @@ void dot4_groups(const uint8_t* rows, int64_t stride, const float* weight_scales
   const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_set1_epi16(static_cast<int16_t>(-table.zero));
   __m256 totals[4];
   for (int i = 0; i < 4; ++i) totals[i] = _mm256_setzero_ps();
-  const char* next = reinterpret_cast<const char*>(rows + 8 * stride);  // as in `unpack`: four streams, one straight line
+  const char* next = reinterpret_cast<const char*>(rows + 8 * stride);  // in a straight line, as in `unpack`
   for (int64_t block = 0; block < t.groups / kGroups; ++block) {
     for (int i = 0; i < 2; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T0);
     const __m256 a0 = _mm256_castsi256_ps(load_bytes(t.acts + block * kBlock));

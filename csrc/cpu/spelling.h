@@ -62,8 +62,8 @@ struct Spelling {
   void (*multiply)(const Tile& tile, int64_t group);
   // The same for one token and four weight rows, straight from their nibbles, where unpacking is most of the work:
   // to[0..3] += ... nullptr where it is not written.
-  void (*dot4)(const uint8_t* rows, int64_t stride, const float* weight_scales, const CodeTable& table, const Tile& token,
-               float* to);
+  void (*dot4)(const uint8_t* rows, int64_t stride, const float* weight_scales, const CodeTable& table,
+               const Tile& token, float* to);
   // out[m][0..15] = bias + hidden[m] . up[0..15], with up as [R][16].
   void (*branch)(const float* hidden, int64_t rows, int64_t r, const float* up, const float* bias, float* out,
                  int64_t out_stride);
