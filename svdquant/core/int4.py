@@ -1,7 +1,8 @@
 """INT4: codes, nibbles, and the two ranges.
 
-A stored nibble can hold -8..7; a decoder must take all of it. The quantizers emit -7..7 (symmetric) for weights and
-signed activations, and 0..15 for activations known to be non-negative after a shift.
+A stored nibble can hold -8..7; a decoder must take all of it. The quantizers here emit -7..7 (symmetric) for weights
+and signed activations, and 0..15 for activations known to be non-negative after a shift. Recipes that search scales
+(quantizer/rounding.py) may put a group's extreme on -8, under a negative scale.
 
 Nibbles are kept two a byte, even column in the low half: [N, K] codes <-> [N, K/2] uint8.
 """
