@@ -18,8 +18,10 @@ enum class Codes : int32_t {
   kInt4,   // -7..7 emitted, -8..7 understood; group 64
   kUint4,  // 0..15, activations only; group 64
   kE2M1,   // NVFP4; group 16, e4m3 scales
+  kInt8,   // -127..127, one fp32 scale a token: activations of an 8-bit layer
 };
 
+// Columns that share a scale; an 8-bit layer has one for the whole row.
 constexpr int64_t group_size(Codes kind) { return kind == Codes::kE2M1 ? 16 : 64; }
 
 // A matrix or vector of floats: `stride` elements from one row (or element of a vector) to the next.
@@ -64,6 +66,26 @@ struct Gemm {
   Floats up;                    // [N, R]
   Floats bias;                  // [N] or no data
   float* out;                   // [M, N]
+};
+
+// Where a product writes: fp32, bf16 or fp16, rounded once from fp32. Rows `stride` elements apart.
+struct Output {
+  void* data = nullptr;
+  DType dtype = DType::kF32;
+  int64_t stride = 0;
+};
+
+// means: core/reference.py gemm_int8
+struct GemmInt8 {
+  int64_t m, n, k, r;
+  const int8_t* codes;         // [M, K]   contiguous
+  const float* scales;         // [M]
+  const float* hidden;         // [M, R]   contiguous
+  const int8_t* weight_codes;  // [N, K]   contiguous
+  const float* weight_scales;  // [N]
+  Floats up;                   // [N, R]
+  Floats bias;                 // [N] or no data
+  Output out;                  // [M, N]
 };
 
 // means: core/reference.py gemv_awq

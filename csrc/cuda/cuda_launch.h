@@ -5,13 +5,6 @@
 
 namespace svdquant::cuda {
 
-// Where a GEMM writes: fp32, bf16 or fp16, rounded once from fp32. Rows `stride` elements apart.
-struct Output {
-  void* data;
-  DType dtype;
-  int64_t stride;
-};
-
 // How 4-bit integers are multiplied.
 enum class Product {
   kInt4,  // 4-bit tensor cores, sm_75 to sm_89; Gemm.kind kUint4 says that activations are unsigned

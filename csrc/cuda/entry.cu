@@ -16,7 +16,7 @@ const char* quantize(const Quantize& args, const Launch& launch) {
 }
 
 const char* gemm(const Gemm& args, const Launch& launch) {
-  const cuda::Output out = {args.out, DType::kF32, args.n};
+  const Output out = {args.out, DType::kF32, args.n};
   if (args.kind == Codes::kE2M1) return cuda::gemm_nvfp4(args, out, launch);
   const bool narrow = is(launch, "mma_s4") || is(launch, "mma_sm75");
   return cuda::gemm_int4(args, out, narrow ? cuda::Product::kInt4 : cuda::Product::kInt8, launch);
