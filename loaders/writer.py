@@ -126,13 +126,13 @@ def write_checkpoint(
     encode    LinearWeights -> {last part of the name: tensor}
     progress  called with (layer name, layers done, layers in all)
 
-    Raises ValueError for a full disk or a missing folder; the target then is as it was.
+    Raises ValueError for a full disk, a missing folder or int8 layers; the target then is as it was.
     """
     tails = [f"{name}.{'x' * LONGEST_TAIL}" for name in layers for _ in range(TENSORS_PER_LAYER)]
     try:
         with TensorWriter(path, metadata, header_room([*tails, *plain], metadata)) as out:
             for done, name in enumerate(layers, 1):
-                for tail, tensor in encode(layers[name]).items():
+                for tail, tensor in encode(_storable(name, layers[name])).items():
                     out.add(f"{name}.{tail}", tensor)
                 if progress:
                     progress(name, done, len(layers))
@@ -144,3 +144,12 @@ def write_checkpoint(
         raise ValueError(
             f"{Path(path).name}: the disk is full; nothing was written. Free space in {Path(path).parent}."
         ) from None
+
+
+def _storable(name: str, weights: LinearWeights) -> LinearWeights:
+    if weights.spec.format == "int8":
+        raise ValueError(
+            f"{name}: expected weights as files hold them, got int8, which is for computing only. "
+            "Write the 4-bit layer that it was made of."
+        )
+    return weights

@@ -6,12 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svdquant_nodes.svdquant.core import awq, fp4, int4
+from svdquant_nodes.svdquant.core import awq, fp4, int4, int8
 from svdquant_nodes.svdquant.core.weights import LinearWeights, QuantSpec
 
 from . import oracle
 
 FORMATS = {"int4": (64, 0.0), "int4-unsigned": (64, 0.171875), "nvfp4": (16, 0.0), "awq": (64, 0.0)}
+EIGHT_BITS = {  # of which stored layer: the forms that no file holds
+    "int8-of-int4": "int4",
+    "int8-of-int4-unsigned": "int4-unsigned",
+    "int8-of-nvfp4": "nvfp4",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,7 +32,9 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: fl
 def random_linear(
     name: str, n: int, k: int, rank: int = 16, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> LinearWeights:
-    """A Gaussian layer of a format in `FORMATS`, with smooth 0.5..2, a branch and a bias."""
+    """A Gaussian layer of a format in `FORMATS` or `EIGHT_BITS`, with smooth 0.5..2, a branch and a bias."""
+    if name in EIGHT_BITS:
+        return int8.requantize(random_linear(EIGHT_BITS[name], n, k, rank, dtype=dtype, seed=seed))
     spec, w = spec_of(name), random(n, k, seed=seed, scale=k**-0.5)
     bias = random(n, seed=seed + 1, dtype=dtype)
     if spec.format == "awq":
@@ -47,10 +54,12 @@ def random_linear(
 
 
 def main_weight(w: LinearWeights) -> np.ndarray:
-    """The 4-bit weight on smoothed activations, in float64."""
+    """The quantized weight on smoothed activations, in float64."""
     numbers = {name: oracle.values(t) for name, t in w.tensors().items() if name != "codes"}
     if w.spec.format == "int4":
         return oracle.weight_int4(oracle.nibbles(w.codes, signed=True), numbers["scales"])
+    if w.spec.format == "int8":
+        return oracle.values(w.codes) * numbers["scales"]
     codes = oracle.nibbles(w.codes)
     if w.spec.format == "nvfp4":
         return oracle.weight_nvfp4(codes, numbers["scales"], numbers["second_scale"])
@@ -70,6 +79,8 @@ def quantize(x: Tensor, w: LinearWeights) -> tuple[np.ndarray, np.ndarray]:
     numbers = oracle.values(x), oracle.values(w.smooth)
     if w.spec.format == "nvfp4":
         return oracle.quantize_nvfp4(*numbers, dtype)
+    if w.spec.format == "int8":
+        return oracle.quantize_int8(*numbers, w.spec.act_shift, dtype)
     if w.spec.act_shift:
         return oracle.quantize_int4_unsigned(*numbers, w.spec.act_shift, dtype)
     return oracle.quantize_int4(*numbers, dtype)

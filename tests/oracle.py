@@ -81,6 +81,14 @@ def quantize_int4_unsigned(
     return _integer_codes(smooth_act(round_to(x + shift, dtype), smooth, dtype), 64, 15, 0, dtype)
 
 
+def quantize_int8(
+    x: np.ndarray, smooth: np.ndarray, shift: float, dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes -127..127 [M, K] of x + shift, and fp32 scales [M, 1]: the whole row is one group."""
+    xs = smooth_act(round_to(x + shift, dtype), smooth, dtype)
+    return _integer_codes(xs, x.shape[1], 127, -127, "fp32")
+
+
 def quantize_nvfp4(x: np.ndarray, smooth: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """e2m1 codes [M, K] (-0 kept) and e4m3 scales [M, K/16]."""
     xs = smooth_act(x, smooth, dtype)

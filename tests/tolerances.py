@@ -38,6 +38,9 @@ TOLERANCES = {
     "int4_layer": Tolerance(norm=0.11, peak=0.15),
     "int4_unsigned_layer": Tolerance(norm=0.075, peak=0.1),
     "nvfp4_layer": Tolerance(norm=0.09, peak=0.1),
+    # a Gaussian weight in int8 by rows, and a layer of 4-bit weights made int8 against the same with exact activations
+    "int8_weight": Tolerance(norm=0.009, peak=0.005),
+    "int8_layer": Tolerance(norm=0.012, peak=0.015),
     # a whole model with exact activations against its fp32 twin: fp32 sums in another order, through 3 steps
     "host_twin": Tolerance(norm=1e-5, peak=2e-5),
     # the same with a LoRA that joins as a dense difference in the host's 16-bit LoRA dtype

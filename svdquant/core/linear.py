@@ -65,6 +65,8 @@ def linear(x: Tensor, weights: LinearWeights, ops: ModuleType) -> Tensor:
     spec = weights.spec
     if spec.format == "awq":
         return ops.gemv_awq(x, weights)
+    if spec.format == "int8":
+        return ops.gemm_int8(*ops.quantize_int8(x, weights.smooth, weights.down, spec.act_shift), weights)
     if spec.format == "nvfp4":
         return ops.gemm_nvfp4(*ops.quantize_nvfp4(x, weights.smooth, weights.down), weights)
     if spec.act_shift:

@@ -4,7 +4,7 @@ Quantizers turn activations into codes and scales and compute the branch's hidde
 kernel reads x once. GEMMs take those and return the finished output. Everything accumulates in fp32.
 
 Group products are integers below 2^13 (int4) or multiples of 1/4 (e2m1): scaling both operands first and multiplying
-once is the same sum, exact in fp32 up to the rounding of the accumulation.
+once is the same sum, exact in fp32 up to the rounding of the accumulation. An int8 row's sum is an exact integer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as matmul
 
-from . import awq, fp4, int4
+from . import awq, fp4, int4, int8
 from .groups import INT4_GROUP, NVFP4_GROUP, act_scale, expand, group
 from .smooth import smooth_act
 from .weights import LinearWeights
@@ -84,6 +84,25 @@ def quantize_nvfp4(x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Ten
     return codes, fp4.to_e4m3(alpha), hidden(x, down)
 
 
+def quantize_int8(
+    x: Tensor, smooth: Tensor, down: Tensor, shift: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 activations of x + shift, one scale a token.
+
+    x        [M, K]   fp32 | bf16 | fp16
+    smooth   [K]      any float     divides x + shift
+    down     [R, K]   any float     sees raw x, without the shift
+    returns
+      codes  [M, K]   int8          -127..127
+      scales [M, 1]   fp32          absmax / 127
+      hidden [M, R]   fp32
+    """
+    xs = smooth_act((x.float() + shift).to(x.dtype) if shift else x, smooth)
+    alpha = act_scale(xs, x.shape[1], int8.CODE_MAX)
+    codes = torch.round(_codes(xs, alpha, x.shape[1])).clamp(-int8.CODE_MAX, int8.CODE_MAX)
+    return codes.flatten(-2).to(torch.int8), alpha, hidden(x, down)
+
+
 def gemm_int4(codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
     """W4A4 GEMM with the branch and bias: signed or unsigned codes, int4 weights.
 
@@ -101,6 +120,12 @@ def gemm_nvfp4(codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWei
     x = fp4.decode(codes) * expand(scales.float(), NVFP4_GROUP)
     w = fp4.dequantize_weight(weights.codes, weights.scales, weights.second_scale)
     return _with_branch(matmul(x, w), hidden, weights)
+
+
+def gemm_int8(codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
+    """W8A8 GEMM with the branch and bias: codes [M, K] int8, scales [M, 1] fp32 -> [M, N] fp32."""
+    y = int8.integer_matmul(codes, weights.codes).float() * weights.scales.T * scales
+    return _with_branch(y, hidden, weights)
 
 
 def gemv_awq(x: Tensor, weights: LinearWeights) -> Tensor:
@@ -125,9 +150,11 @@ def dequantize(weights: LinearWeights) -> Tensor:
 
 
 def residual(weights: LinearWeights) -> Tensor:
-    """The 4-bit part of an SVDQuant weight, on raw activations: codes * scales / smooth, [N, K] fp32."""
+    """The quantized part of an SVDQuant weight, on raw activations: codes * scales / smooth, [N, K] fp32."""
     if weights.spec.format == "int4":
         w = int4.dequantize_weight(weights.codes, weights.scales)
+    elif weights.spec.format == "int8":
+        w = int8.dequantize_weight(weights.codes, weights.scales)
     else:
         w = fp4.dequantize_weight(weights.codes, weights.scales, weights.second_scale)
     return w / weights.smooth.float()

@@ -1,4 +1,4 @@
-"""The op set without activation quantization: 4-bit weights, activations as they come.
+"""The op set without activation quantization: 4-bit (or 8-bit) weights, activations as they come.
 
 For devices that have no 4-bit kernel. Rounding activations there would cost time and accuracy and win nothing: the
 weight is dequantized either way and multiplied at the device's own 16-bit rate. The names and arguments are those of
@@ -39,6 +39,11 @@ def quantize_nvfp4(x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Non
     return _as_is(x, down)
 
 
+def quantize_int8(x: Tensor, smooth: Tensor, down: Tensor, shift: float = 0.0) -> tuple[Tensor, None, Tensor]:
+    """x + shift, because the stored bias is made for it; hidden values of x without the shift."""
+    return quantize_int4_unsigned(x, smooth, down, shift) if shift else _as_is(x, down)
+
+
 def _gemm(x: Tensor, scales: None, hidden: Tensor, weights: LinearWeights) -> Tensor:
     """x @ (codes * scales / smooth).T + hidden @ up.T + bias: [M, K] -> [M, N] in x's dtype.
 
@@ -49,7 +54,7 @@ def _gemm(x: Tensor, scales: None, hidden: Tensor, weights: LinearWeights) -> Te
     return torch.addmm(y, hidden, weights.up.to(x.dtype).T)
 
 
-gemm_int4 = gemm_nvfp4 = _gemm
+gemm_int4 = gemm_nvfp4 = gemm_int8 = _gemm
 
 
 def gemv_awq(x: Tensor, weights: LinearWeights) -> Tensor:

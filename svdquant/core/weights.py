@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-FORMATS = ("int4", "nvfp4", "awq")
+FORMATS = ("int4", "nvfp4", "awq", "int8")
 GELU_SHIFT = 0.171875  # 11/64, above -min(gelu); exact in bf16 and fp16
 
 
@@ -20,29 +20,43 @@ class QuantSpec:
     """How a linear was quantized.
 
     format     "int4" (W4A4, signed codes) | "nvfp4" (W4A4, e2m1) | "awq" (W4A16, unsigned codes and zeros)
-    group      columns that share a scale
-    act_shift  added to activations before smoothing; > 0 means their codes are unsigned 0..15 (int4 only)
+               | "int8" (W8A8, what int8.requantize makes of the first two; in no file)
+    group      columns that share a scale; None for int8, where a whole row does
+    act_shift  added to activations before smoothing; > 0 means that int4 codes are unsigned 0..15
     """
 
     format: str
-    group: int
+    group: int | None
     act_shift: float = 0.0
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"quantization format: expected one of {FORMATS}, got {self.format!r}.")
-        if self.group <= 0 or self.group % 16:
-            raise ValueError(f"group size: expected a positive multiple of 16, got {self.group}.")
-        if self.act_shift and self.format != "int4":
+        if self.format == "int8" and self.group is not None:
             raise ValueError(
-                f"act_shift: only int4 activations are unsigned, got {self.format} with {self.act_shift}."
+                f"group size: expected None for int8, whose scales are a row's, got {self.group}."
             )
+        if self.format != "int8" and (not self.group or self.group < 0 or self.group % 16):
+            raise ValueError(f"group size: expected a positive multiple of 16, got {self.group}.")
+        if self.act_shift and self.format not in ("int4", "int8"):
+            raise ValueError(
+                f"act_shift: only integer activations are shifted, got {self.format} with {self.act_shift}."
+            )
+
+    @property
+    def codes_a_byte(self) -> int:
+        return 1 if self.format == "int8" else 2
+
+    def groups(self, in_features: int) -> int:
+        """Scales a row: K / group, or one."""
+        return in_features // self.group if self.group else 1
 
 
 INT4 = QuantSpec("int4", 64)
 INT4_UNSIGNED = QuantSpec("int4", 64, GELU_SHIFT)
 NVFP4 = QuantSpec("nvfp4", 16)
 AWQ = QuantSpec("awq", 64)
+INT8 = QuantSpec("int8", None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +64,9 @@ class LinearWeights:
     """One quantized linear in natural form, checked on creation.
 
     codes         [N, K/2]     uint8       two codes a byte, even column in the low half
+                  [N, K]       int8        int8: one code a byte
     scales        [N, K/group] T | e4m3    e4m3 for nvfp4
+                  [N, 1]       fp32        int8
     second_scale  [1] | [N]    any float   nvfp4: multiplies every scale of the tensor or row; else None
     zeros         [N, K/group] T           awq: added to code * scale; else None
     smooth        [K]          T           divides activations; None for awq
@@ -81,7 +97,7 @@ class LinearWeights:
 
     @property
     def in_features(self) -> int:
-        return self.codes.shape[1] * 2
+        return self.codes.shape[1] * self.spec.codes_a_byte
 
     @property
     def rank(self) -> int:
@@ -102,14 +118,14 @@ class LinearWeights:
     def crop(self, out_features: int, in_features: int) -> LinearWeights:
         """Drop padding rows and columns: the first `out_features` x `in_features` of a padded layer."""
         n, k, g = out_features, in_features, self.spec.group
-        if n > self.out_features or k > self.in_features or k % g:
+        if n > self.out_features or k > self.in_features or k % (g or 1):
             raise ValueError(
                 f"crop: a [{self.out_features}, {self.in_features}] layer of group {g} cannot become [{n}, {k}]."
             )
-        top = self.rows(slice(0, n))
-        cut = {"codes": top.codes[:, : k // 2], "scales": top.scales[:, : k // g]}
+        top, groups = self.rows(slice(0, n)), self.spec.groups(k)
+        cut = {"codes": top.codes[:, : k // self.spec.codes_a_byte], "scales": top.scales[:, :groups]}
         if top.zeros is not None:
-            cut["zeros"] = top.zeros[:, : k // g]
+            cut["zeros"] = top.zeros[:, :groups]
         if top.smooth is not None:
             cut |= {"smooth": top.smooth[:k], "down": top.down[:, :k]}
         return replace(top, **cut)
@@ -121,8 +137,8 @@ _BY_ROW = ("codes", "scales", "zeros", "up", "bias")
 
 def expected_shapes(w: LinearWeights) -> dict[str, tuple[int, ...]]:
     """The shape every tensor of a linear must have, from its codes, rank and group."""
-    n, k = w.codes.shape[0], w.codes.shape[1] * 2
-    groups = (n, k // w.spec.group)
+    n, k = w.out_features, w.in_features
+    groups = (n, w.spec.groups(k))
     second = (1,) if w.second_scale is None or w.second_scale.numel() == 1 else (n,)
     return {
         "scales": groups,
@@ -139,14 +155,18 @@ _NEEDED = {
     "int4": {"scales", "smooth", "down", "up"},
     "nvfp4": {"scales", "second_scale", "smooth", "down", "up"},
     "awq": {"scales", "zeros"},
+    "int8": {"scales", "smooth", "down", "up"},
 }
 
 
 def check_linear(w: LinearWeights) -> None:
     """Raise a ValueError that names the first field whose presence, dtype or shape is wrong."""
-    if w.codes.dtype != torch.uint8 or w.codes.ndim != 2:
-        raise ValueError(f"codes: expected packed uint8 [N, K/2], got {w.codes.dtype} {list(w.codes.shape)}.")
-    if w.in_features % w.spec.group:
+    dtype, named = (
+        (torch.int8, "int8 [N, K]") if w.spec.format == "int8" else (torch.uint8, "packed uint8 [N, K/2]")
+    )
+    if w.codes.dtype != dtype or w.codes.ndim != 2:
+        raise ValueError(f"codes: expected {named}, got {w.codes.dtype} {list(w.codes.shape)}.")
+    if w.in_features % (w.spec.group or 1):
         raise ValueError(f"codes: K = {w.in_features} is not a multiple of the group {w.spec.group}.")
     present = set(w.tensors()) - {"codes", "bias"}
     if present != _NEEDED[w.spec.format]:

@@ -161,6 +161,13 @@ class OpSet:
             return PLAIN[spelling].quantize_nvfp4(x, smooth, down)
         return torch.ops.svdquant.quantize_nvfp4(x, smooth, down, spelling)
 
+    def quantize_int8(
+        self, x: Tensor, smooth: Tensor, down: Tensor, shift: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """int8 activations of x + shift, one scale a token; see core.reference.quantize_int8."""
+        spelling = self._choose("quantize_int8", x, x.dtype)
+        return PLAIN[spelling].quantize_int8(x, smooth, down, shift)
+
     def gemm_int4(self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
         """W4A4 GEMM with branch and bias; see core.reference.gemm_int4."""
         w, spelling = weights, self._choose_gemm("gemm_int4", codes, scales, weights)
@@ -177,6 +184,11 @@ class OpSet:
             codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias, spelling
         )
 
+    def gemm_int8(self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
+        """W8A8 GEMM with branch and bias; see core.reference.gemm_int8."""
+        spelling = self._choose_gemm("gemm_int8", codes, scales, weights)
+        return PLAIN[spelling].gemm_int8(codes, scales, hidden, weights)
+
     def gemv_awq(self, x: Tensor, weights: LinearWeights) -> Tensor:
         """W4A16 product with the bias; see core.reference.gemv_awq."""
         w, spelling = weights, self._choose("gemv_awq", x, x.dtype)
@@ -191,8 +203,10 @@ _default = OpSet()
 quantize_int4 = _default.quantize_int4
 quantize_int4_unsigned = _default.quantize_int4_unsigned
 quantize_nvfp4 = _default.quantize_nvfp4
+quantize_int8 = _default.quantize_int8
 gemm_int4 = _default.gemm_int4
 gemm_nvfp4 = _default.gemm_nvfp4
+gemm_int8 = _default.gemm_int8
 gemv_awq = _default.gemv_awq
 
 

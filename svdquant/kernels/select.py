@@ -14,8 +14,11 @@ REFERENCE, WEIGHT_ONLY = "reference", "weight_only"  # op sets in plain torch, f
 UNBUILT = "not built in this version"
 QUANTIZERS = ("quantize_int4", "quantize_int4_unsigned", "quantize_nvfp4")
 GEMMS = ("gemm_int4", "gemm_nvfp4")
-OPS = (*QUANTIZERS, *GEMMS, "gemv_awq")
-GROUPS = {op: 16 if op.endswith("nvfp4") else 64 for op in OPS}  # columns a scale; gemv_awq takes multiples
+FILE_OPS = (*QUANTIZERS, *GEMMS, "gemv_awq")  # for layers as files hold them
+INT8_OPS = ("quantize_int8", "gemm_int8")
+OPS = (*FILE_OPS, *INT8_OPS)
+# Columns a scale; gemv_awq takes multiples, int8 has one for the whole row.
+GROUPS = {op: 16 if op.endswith("nvfp4") else 64 for op in FILE_OPS} | dict.fromkeys(INT8_OPS)
 INT4_OPS = ("quantize_int4", "quantize_int4_unsigned", "gemm_int4")
 
 
@@ -93,16 +96,17 @@ def _dotted(version: tuple[int, int]) -> str:
 HALVES = ("bfloat16", "float16")
 NEWEST = (12, 9)
 SPELLINGS = (
-    Spelling("avx512", "cpu", OPS, _feature("avx512")),
-    Spelling("avx2", "cpu", OPS, _feature("avx2")),
-    Spelling("neon", "cpu", OPS, _feature("neon")),
+    Spelling("avx512", "cpu", FILE_OPS, _feature("avx512")),
+    Spelling("avx2", "cpu", FILE_OPS, _feature("avx2")),
+    Spelling("neon", "cpu", FILE_OPS, _feature("neon")),
     Spelling(
-        "portable", "cpu", OPS, _feature("portable"), on_request="slower than torch for a whole picture"
+        "portable", "cpu", FILE_OPS, _feature("portable"), on_request="slower than torch for a whole picture"
     ),
     Spelling("wgmma_sm90", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma"), HALVES, built=False),
     Spelling(
         "mxf4_sm120", "cuda", OPS[2:5:2], _capability((12, 0), NEWEST, "mxf4nvf4 mma"), HALVES, built=False
     ),
+    Spelling("mma_w8a8", "cuda", INT8_OPS, _capability((7, 5), NEWEST, "mma.s8"), HALVES, built=False),
     Spelling("mma_s4", "cuda", INT4_OPS, _capability((8, 0), (8, 9), "mma.s4"), HALVES, built=False),
     Spelling("mma_s8", "cuda", INT4_OPS, _capability((9, 0), NEWEST, "mma.s8 unpacked"), HALVES, built=False),
     Spelling(

@@ -41,7 +41,7 @@ def judge(x, parts, n, bias=None, branches=()):
 
 
 @pytest.mark.parametrize("dtype", layers.DTYPES)
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", [*layers.FORMATS, *layers.EIGHT_BITS])
 def test_one_linear_of_each_format(name, dtype):
     kind = layers.DTYPES[dtype]
     w = layers.random_linear(name, 96, 128, 16, dtype=kind)
@@ -51,7 +51,7 @@ def test_one_linear_of_each_format(name, dtype):
     assert_close(y, layers.forward(x, w), "fp32_sum")
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", [*layers.FORMATS, *layers.EIGHT_BITS])
 def test_ops_are_the_ones_given(name):
     """Every product comes from the op set that was handed in, and from nowhere else."""
     called = []
@@ -63,8 +63,12 @@ def test_ops_are_the_ones_given(name):
 
     w = layers.random_linear(name, 32, 64, 16)
     linear.linear(torch.zeros(1, 64), w, Spy())
-    kind = name.replace("-", "_")
-    want = {"awq": ["gemv_awq"], "nvfp4": ["gemm_nvfp4", "quantize_nvfp4"]}
+    kind = name.partition("-of-")[0].replace("-", "_")
+    want = {
+        "awq": ["gemv_awq"],
+        "nvfp4": ["gemm_nvfp4", "quantize_nvfp4"],
+        "int8": ["gemm_int8", "quantize_int8"],
+    }
     assert sorted(called) == want.get(kind, ["gemm_int4", f"quantize_{kind}"])
 
 

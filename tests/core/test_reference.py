@@ -9,6 +9,7 @@ from svdquant_nodes.tests import golden, layers, oracle
 from svdquant_nodes.tests.tolerances import assert_close
 
 W4A4 = ["int4", "int4-unsigned", "nvfp4"]
+QUANTIZED = [*W4A4, *layers.EIGHT_BITS]
 SHAPES = {  # M, N, K, R
     "m=1-gemv": (1, 128, 256, 16),
     "m=17-tail": (17, 128, 256, 32),
@@ -24,12 +25,14 @@ SHAPES = {  # M, N, K, R
 def activations(name, m, k, dtype, seed=7):
     """Gaussian tokens; what an unsigned layer sees has been through a GELU."""
     x = layers.random(m, k, seed=seed, dtype=dtype)
-    if name == "int4-unsigned":
+    if name.endswith("unsigned"):
         return torch.nn.functional.gelu(x.float(), approximate="tanh").to(dtype)
     return x
 
 
 def quantize(x, w):
+    if w.spec.format == "int8":
+        return reference.quantize_int8(x, w.smooth, w.down, w.spec.act_shift)
     if w.spec.format == "nvfp4":
         return reference.quantize_nvfp4(x, w.smooth, w.down)
     if w.spec.act_shift:
@@ -38,8 +41,7 @@ def quantize(x, w):
 
 
 def gemm(codes, scales, hidden, w):
-    op = reference.gemm_nvfp4 if w.spec.format == "nvfp4" else reference.gemm_int4
-    return op(codes, scales, hidden, w)
+    return getattr(reference, f"gemm_{w.spec.format}")(codes, scales, hidden, w)
 
 
 # ---- golden forwards ----
@@ -96,7 +98,7 @@ def test_kitchen_eager_agrees(prefix):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", layers.DTYPES)
-@pytest.mark.parametrize("name", W4A4)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_agrees_with_oracle(name, dtype, shape):
     m, n, k, rank = shape
     w = layers.random_linear(name, n, k, rank, dtype=layers.DTYPES[dtype])
@@ -130,7 +132,7 @@ def test_a_layer_keeps_what_four_bits_can(name):
     assert_close(gemm(*quantize(x, w), w), want, name.replace("-", "_") + "_layer")
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", [*layers.FORMATS, *layers.EIGHT_BITS])
 def test_dequantize_agrees_with_oracle(name):
     w = layers.random_linear(name, 80, 192, 16)
     assert_close(reference.dequantize(w), layers.dense(w), "fp32_sum")
@@ -181,6 +183,20 @@ def test_nvfp4_by_hand():
     assert codes[0, :5].tolist() == [7, 12, 1, 8, 0] and scales.float().tolist() == [[2.0]]
 
 
+def test_int8_by_hand():
+    # absmax 254 -> scale 2; 254/2 = 127, -254/2 = -127, 1/2 and 5/2 are ties: to even, 0 and 2; 6/2 = 3
+    codes, scales, hidden = reference.quantize_int8(*one_group(254, -254, 1, 5, 6, size=80))
+    assert codes.dtype == torch.int8 and codes[0, :6].tolist() == [127, -127, 0, 2, 3, 0]
+    assert scales.dtype == torch.float32 and scales.tolist() == [[2.0]] and hidden.shape == (1, 0)
+
+
+def test_int8_with_a_shift_by_hand():
+    # shift 2 -> values 254, 0, 6, the rest 2
+    x, smooth, down = one_group(252, -2, 4)
+    codes, scales, _ = reference.quantize_int8(x, smooth, down, 2.0)
+    assert codes[0, :4].tolist() == [127, 0, 3, 1] and scales.tolist() == [[2.0]]
+
+
 def test_codes_use_the_unrounded_scale():
     # absmax 1.796875 / 7 = 0.25669643, stored in bf16 as 0.25585938:
     # 0.384765625 is 1.4989 of the one (code 1) and 1.5038 of the other (code 2)
@@ -190,7 +206,7 @@ def test_codes_use_the_unrounded_scale():
     assert scales.tolist() == [[0.255859375]] and round(0.384765625 / 0.255859375) == 2
 
 
-@pytest.mark.parametrize("name", W4A4)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_zero_tokens_give_the_bias(name):
     w = layers.random_linear(name, 64, 128, 16)
     x = torch.zeros(2, 128, dtype=torch.bfloat16)

@@ -24,7 +24,7 @@ def dense(x, w):
     return (values + w.spec.act_shift) @ residual.T + branch + oracle.values(w.bias)
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", [*layers.FORMATS, *layers.EIGHT_BITS])
 @pytest.mark.parametrize(("dtype", "limit"), [("fp32", "fp32_sum"), ("bf16", "weight_only_bf16")])
 def test_equals_the_dequantized_layer(name, dtype, limit):
     w = layers.random_linear(name, 96, 256, 16)

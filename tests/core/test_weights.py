@@ -7,7 +7,7 @@ import torch
 
 from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.svdquant.core.weights import AWQ, INT4, INT4_UNSIGNED, NVFP4, QuantSpec
-from svdquant_nodes.tests.layers import FORMATS, random_linear
+from svdquant_nodes.tests.layers import EIGHT_BITS, FORMATS, random_linear
 
 N, K, R = 96, 128, 16
 
@@ -22,13 +22,23 @@ def changed(name="int4", **fields):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("int8", 64), r"expected one of \('int4', 'nvfp4', 'awq'\), got 'int8'"),
+        (("int3", 64), r"expected one of \('int4', 'nvfp4', 'awq', 'int8'\), got 'int3'"),
         (("int4", 0), "expected a positive multiple of 16, got 0"),
         (("int4", -64), "expected a positive multiple of 16, got -64"),
         (("nvfp4", 24), "expected a positive multiple of 16, got 24"),
-        (("nvfp4", 16, 0.171875), "only int4 activations are unsigned, got nvfp4 with 0.171875"),
+        (("int4", None), "expected a positive multiple of 16, got None"),
+        (("int8", 64), "expected None for int8, whose scales are a row's, got 64"),
+        (("nvfp4", 16, 0.171875), "only integer activations are shifted, got nvfp4 with 0.171875"),
     ],
-    ids=["unknown-format", "group-zero", "group-negative", "group-not-of-16", "shift-on-nvfp4"],
+    ids=[
+        "unknown-format",
+        "group-zero",
+        "group-negative",
+        "group-not-of-16",
+        "group-none",
+        "group-on-int8",
+        "shift-on-nvfp4",
+    ],
 )
 def test_spec_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -52,6 +62,13 @@ def test_sizes_and_tensors(name):
     own = {"nvfp4": ["second_scale"], "awq": ["zeros"]}.get(name, [])
     branch = [] if name == "awq" else ["smooth", "down", "up"]
     assert list(w.tensors()) == [*common, *own, *branch, "bias"]
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_sizes_and_tensors_of_eight_bits(name):
+    w = random_linear(name, N, K, R)
+    assert (w.out_features, w.in_features, w.rank) == (N, K, R)
+    assert list(w.tensors()) == ["codes", "scales", "smooth", "down", "up", "bias"]
 
 
 def test_rank_zero_no_bias_and_one_group():
@@ -119,6 +136,16 @@ REFUSED = {
         dict(scales=torch.ones(N, 8, dtype=torch.bfloat16)),
         r"scales: nvfp4 expects e4m3, got torch\.bfloat16",
     ),
+    "packed-codes-on-int8": (
+        "int8-of-int4",
+        dict(codes=torch.zeros(N, K, dtype=torch.uint8)),
+        r"codes: expected int8 \[N, K\], got torch\.uint8 \[96, 128\]",
+    ),
+    "grouped-scales-on-int8": (
+        "int8-of-int4",
+        dict(scales=torch.ones(N, 2)),
+        r"scales: expected shape \[96, 1\], got \[96, 2\]",
+    ),
 }
 
 
@@ -131,7 +158,7 @@ def test_refuses(name, fields, message):
 # ---- rows and crop ----
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *EIGHT_BITS])
 @pytest.mark.parametrize(
     "index", [slice(16, 80), torch.arange(N - 1, -1, -1)], ids=["slice", "reversed-by-tensor"]
 )
@@ -149,7 +176,7 @@ def test_rows_take_their_own_second_scale():
     assert changed("nvfp4", second_scale=torch.ones(1)).rows(slice(3, 5)).second_scale.tolist() == [1]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *EIGHT_BITS])
 def test_crop_drops_padding(name):
     w = random_linear(name, N, K, R)
     small = w.crop(80, 64)

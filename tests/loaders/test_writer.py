@@ -51,6 +51,14 @@ def test_every_tensor_is_aligned(tmp_path):
         assert info.begin % info.dtype.itemsize == 0
 
 
+@pytest.mark.parametrize("dialect", [kitchen, natural, nunchaku], ids=lambda d: d.__name__.rpartition(".")[2])
+def test_eight_bits_are_in_no_file(tmp_path, dialect):
+    eight = layers.random_linear("int8-of-int4", 128, 128)
+    with pytest.raises(ValueError, match="x: expected weights as files hold them, got int8"):
+        dialect.write(tmp_path / "a.safetensors", {"x": eight}, {}, {})
+    assert not any(tmp_path.iterdir())
+
+
 def test_one_layer_in_memory(tmp_path):
     made_layers: list[weakref.ref] = []
 
