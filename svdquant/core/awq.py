@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .groups import expand, group, weight_scale
+from .groups import group, weight_scale
 from .int4 import EMITTED_MAX, pack_nibbles, unpack_unsigned
 
 AWQ_GROUP = 64
@@ -40,5 +40,5 @@ def zeros_of(scales: Tensor) -> Tensor:
 def dequantize_weight(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """code * scale + zero in fp32: [N, K/2] uint8, [N, G], [N, G] -> [N, K] fp32."""
     codes = unpack_unsigned(packed).float()
-    size = codes.shape[-1] // scales.shape[-1]
-    return codes * expand(scales.float(), size) + expand(zeros.float(), size)
+    grouped = group(codes, codes.shape[-1] // scales.shape[-1])
+    return grouped.mul_(scales.float().unsqueeze(-1)).add_(zeros.float().unsqueeze(-1)).flatten(-2)

@@ -18,6 +18,8 @@ from .groups import INT4_GROUP, NVFP4_GROUP, act_scale, expand, group
 from .smooth import smooth_act
 from .weights import LinearWeights
 
+AWQ_ROWS = 256  # of a weight, dequantized and multiplied before the next ones are
+
 
 def hidden(x: Tensor, down: Tensor) -> Tensor:
     """The branch's hidden values, summed in fp32: [M, K] x [R, K] -> [M, R] fp32."""
@@ -129,8 +131,9 @@ def gemm_int8(codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeig
 
 
 def gemv_awq(x: Tensor, weights: LinearWeights) -> Tensor:
-    """W4A16 product with the bias, for few tokens: x [M, K] -> [M, N] fp32."""
-    y = matmul(x.float(), awq.dequantize_weight(weights.codes, weights.scales, weights.zeros))
+    """W4A16 product with the bias: x [M, K] -> [M, N] fp32. As many rows of the weight at a time as a cache holds."""
+    parts = zip(*(t.split(AWQ_ROWS) for t in (weights.codes, weights.scales, weights.zeros)), strict=True)
+    y = torch.cat([matmul(x.float(), awq.dequantize_weight(*part)) for part in parts], dim=-1)
     return y if weights.bias is None else y + weights.bias.float()
 
 

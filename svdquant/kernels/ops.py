@@ -104,10 +104,12 @@ def wanted(request: select.Request) -> select.Request:
 
 
 @torch.compiler.assume_constant_result
-def _spelling(op: str, wanted: str | None, dtype: torch.dtype, kind: str, index: int | None) -> str:
+def _spelling(
+    op: str, wanted: str | None, dtype: torch.dtype, kind: str, index: int | None, tokens: int | None
+) -> str:
     """The name of the spelling to call with."""
     name = str(dtype).removeprefix("torch.")
-    request = select.Request(op, name, wanted=wanted or jit.settings().kernels)
+    request = select.Request(op, name, tokens=tokens, wanted=wanted or jit.settings().kernels)
     return choose(request, kind, index).spelling
 
 
@@ -125,9 +127,9 @@ class OpSet:
     def __init__(self, wanted: str | None = None) -> None:
         self.wanted = wanted
 
-    def _choose(self, op: str, x: Tensor, dtype: torch.dtype) -> str:
+    def _choose(self, op: str, x: Tensor, dtype: torch.dtype, tokens: int | None = None) -> str:
         """The spelling to call with."""
-        return _spelling(op, self.wanted, dtype, x.device.type, x.device.index)
+        return _spelling(op, self.wanted, dtype, x.device.type, x.device.index, tokens)
 
     def _choose_gemm(self, op: str, codes: Tensor, scales: Tensor | None, weights: LinearWeights) -> str:
         """The spelling that can multiply what its quantizer made; no scales means unquantized activations."""
@@ -191,7 +193,7 @@ class OpSet:
 
     def gemv_awq(self, x: Tensor, weights: LinearWeights) -> Tensor:
         """W4A16 product with the bias; see core.reference.gemv_awq."""
-        w, spelling = weights, self._choose("gemv_awq", x, x.dtype)
+        w, spelling = weights, self._choose("gemv_awq", x, x.dtype, select.about(x.shape[0]))
         if w.spec.group % select.GROUPS["gemv_awq"] and spelling not in PLAIN:
             spelling = select.REFERENCE
         if spelling in PLAIN:

@@ -21,6 +21,9 @@ OPS = (*FILE_OPS, *INT8_OPS)
 GROUPS = {op: 16 if op.endswith("nvfp4") else 64 for op in FILE_OPS} | dict.fromkeys(INT8_OPS)
 INT4_OPS = ("quantize_int4", "quantize_int4_unsigned", "gemm_int4")
 
+FEW_TOKENS = 8  # what a GEMV kernel takes
+MOST_AWQ_TOKENS = 24  # beyond, dequantizing the weight once beats reading it for every four of them
+
 
 @dataclass(frozen=True)
 class Device:
@@ -113,7 +116,13 @@ SPELLINGS = (
         "mma_sm75", "cuda", INT4_OPS, _capability((7, 5), (7, 5), "mma.m8n8k32"), HALVES[1:], built=False
     ),
     Spelling(
-        "gemv", "cuda", ("gemv_awq",), _capability((7, 5), NEWEST, "gemv"), HALVES, built=False, most_tokens=8
+        "gemv",
+        "cuda",
+        ("gemv_awq",),
+        _capability((7, 5), NEWEST, "gemv"),
+        HALVES,
+        built=False,
+        most_tokens=FEW_TOKENS,
     ),
 )
 
@@ -148,12 +157,22 @@ def choose(device: Device, request: Request) -> Choice:
     return Choice(plain, against or {"kernels": (f"none is written for {request.op} on {device.type}",)})
 
 
+def about(tokens: int) -> int:
+    """The number of tokens as far as a choice depends on it: the next limit of the table, or one above the last."""
+    for most in (FEW_TOKENS, MOST_AWQ_TOKENS):  # comparisons, which torch.compile turns into constants
+        if tokens <= most:
+            return most
+    return MOST_AWQ_TOKENS + 1
+
+
 def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
     """Everything that speaks against one spelling."""
     usual = GROUPS[request.op]
     group = request.group or usual
     wrong_group = group % usual if request.op == "gemv_awq" else group != usual
-    too_many = row.most_tokens is not None and request.tokens is not None and request.tokens > row.most_tokens
+    sensible = MOST_AWQ_TOKENS if request.op == "gemv_awq" and request.wanted != row.name else None
+    most = row.most_tokens or sensible
+    too_many = most is not None and (request.tokens or 0) > most
     checks = (
         (not row.built, UNBUILT),
         (bool(row.on_request) and request.wanted != row.name, row.on_request),
@@ -162,7 +181,7 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
         (bool(device.missing), device.missing),
         (request.dtype not in row.dtypes, f"activations are {request.dtype}"),
         (wrong_group, f"weight groups of {group} instead of {usual}"),
-        (too_many, f"more than {row.most_tokens} tokens"),
+        (too_many, f"more than {most} tokens"),
     )
     found = [text for wrong, text in checks if wrong]
     lack = "" if device.missing else row.needs(device)

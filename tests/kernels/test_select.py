@@ -25,6 +25,9 @@ CHOICES = {  # device, request, spelling
     "fp64": (X86, Request("quantize_int4", "float64"), "reference"),
     "int4-of-group-128": (X86, Request("gemm_int4", "bfloat16", 128), "reference"),
     "awq-of-group-128": (X86, Request("gemv_awq", "bfloat16", 128), "avx512"),
+    "awq-of-a-prompt": (X86, Request("gemv_awq", "float32", tokens=256), "reference"),
+    "awq-of-a-prompt-on-a-gpu": (H100, Request("gemv_awq", "float32", tokens=256), "weight_only"),
+    "awq-of-a-prompt-by-name": (X86, Request("gemv_awq", "float32", tokens=256, wanted="avx2"), "avx2"),
     "awq-of-group-32": (X86, Request("gemv_awq", "bfloat16", 32), "reference"),
     "nvfp4-of-group-16": (X86, Request("gemm_nvfp4", "bfloat16", 16), "avx512"),
     "nvfp4-of-group-64": (X86, Request("gemm_nvfp4", "bfloat16", 64), "reference"),
@@ -66,6 +69,7 @@ REASONS = {  # device, request, spelling, reason
     "one-capability": (H100, INT4, "mma_sm75", "mma.m8n8k32 needs compute capability 7.5, this is 9.0"),
     "on-request": (OLD_X86, INT4, "portable", "slower than torch for a whole picture"),
     "tokens": (H100, Request("gemv_awq", "bfloat16", tokens=9), "gemv", "more than 8 tokens"),
+    "prompt": (X86, Request("gemv_awq", "float32", tokens=25), "avx2", "more than 24 tokens"),
 }
 
 
