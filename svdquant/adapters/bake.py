@@ -133,7 +133,7 @@ def _branch(source: Base, path: Path, module: str, members: Mapping, strength: f
         found = None if inexact else factors.factor(members)
     except ValueError as error:
         raise ValueError(f"{path.name}: {module}: {error}") from None
-    if found is None or any(b.up is None for b in found.branches) or len(found.branches) != 1:
+    if found is None or any(b.up is None or b.kron is not None for b in found.branches):
         raise ValueError(
             f"{path.name}: {module}: expected a low-rank adapter, got one that a branch cannot hold exactly "
             f"({', '.join(sorted(inexact)) or 'LoKr or LoHa of too high a rank'}). Apply this LoRA at run time instead."

@@ -23,9 +23,10 @@ from collections.abc import Mapping
 from comfy.patcher_extension import CallbacksMP
 
 from . import bypass, joining
-from .joining import Patch
+from .joining import Joined
 from .operations import quantized_linears
 from .patcher import shadow
+from .patches import Patch
 
 KEY = "svdquant"
 log = logging.getLogger("svdquant-nodes")
@@ -56,20 +57,39 @@ def _accompany(patcher) -> None:
 def set_branches(patcher, hooks=None) -> None:
     """Give every quantized layer the branches that the patcher's patches and those of `hooks` mean for it."""
     hooked: Mapping[str, list[Patch]] = patcher.get_combined_hook_patches(hooks) if hooks is not None else {}
-    notes = joining.Notes()
+    fresh: dict[str, Joined] = {}
     for key, layer in quantized_linears(patcher.model):
         patches = [*patcher.patches.get(key, ()), *hooked.get(key, ())]
-        layer.branches = joining.join(layer, key, patches, patcher.load_device, notes)
+        joined, is_new = joining.recall(layer, key, patches, patcher.load_device)
+        if is_new:
+            fresh[key] = joined
+        layer.residence.take(joined.branches, layer.weight.device, patcher.load_device)
         layer.wrappers = tuple(patcher.weight_wrapper_patches.get(key, ()))
-    for line in notes.lines():
-        log.log(logging.WARNING if notes.misfits else logging.INFO, "LoRA: %s", line)
+    _say(fresh)
+
+
+def _say(joined: Mapping[str, Joined]) -> None:
+    """What is worth a line in the log: dense differences, truncations, patches that do not fit."""
+    dense = [j.dense for j in joined.values() if j.dense]
+    if dense:
+        size = sum(dense) / 2**20
+        log.info(
+            "LoRA: %.0f MB of whole differences on %d layers, for what is not low-rank", size, len(dense)
+        )
+    errors = [j.error for j in joined.values() if j.error]
+    if errors:
+        log.info("LoRA: low rank on %d layers, largest relative error %.1e", len(errors), max(errors))
+    misfits = [(key, j.misfit) for key, j in joined.items() if j.misfit]
+    if misfits:
+        text = "LoRA: skipped on %d layers, which it does not fit, such as %s: %s"
+        log.warning(text, len(misfits), *misfits[0])
 
 
 def clear_branches(patcher) -> None:
     """Drop every branch, so that its tensors can be freed."""
     for _, layer in quantized_linears(patcher.model):
-        layer.branches = ()
-    joining.forget()
+        layer.residence.clear()
+        joining.forget(layer)
 
 
 def _drop_stale_hooks(patcher) -> None:

@@ -3,8 +3,7 @@
     LoRA, LoCon   up @ down                         rank r
     + mid         up @ (mid @ down)                 rank r, the middle of a Tucker form on a 1x1 kernel
     LoHa          (B1 A1) * (B2 A2), element-wise   rank r1*r2: columns b1_i * b2_j, rows a1_i * a2_j
-    LoKr          W1 (x) W2                         rank r1*r2: (P1 Q1) (x) (P2 Q2) = (P1 (x) P2) (Q1 (x) Q2);
-                                                    where that is large, blocks W1[i,j] * W2 that share W2's memory
+    LoKr          W1 (x) W2                         kept as the product it is: two small matrices, of any rank
 
 What has no such form, or would be larger than the weight itself, is a dense difference. Its best low-rank part is
 taken where that reproduces it within a limit; how far it does is computed, never estimated.
@@ -20,9 +19,6 @@ from torch import Tensor
 
 from ..core.linear import Branch
 
-MAX_BLOCKS = (
-    256  # of a Kronecker product: 16 x 16, what trainers make at most; each is a small product of its own
-)
 FIRST_SKETCH = 64
 SKETCH_EXTRA = 8
 SEED = 0
@@ -43,14 +39,12 @@ class Factored:
 
     @property
     def rank(self) -> int:
-        """Rows of the `down` factors, each tensor counted once; a dense difference counts none."""
-        unique = {id(b.down): b.down.shape[0] for b in self.branches if b.up is not None}
-        return sum(unique.values())
+        """Of the pairs; dense differences and Kronecker products count none."""
+        return sum(branch.rank for branch in self.branches)
 
     @property
     def nbytes(self) -> int:
-        unique = {id(t): t.nbytes for b in self.branches for t in (b.down, b.up) if t is not None}
-        return sum(unique.values())
+        return sum(t.nbytes for branch in self.branches for t in branch.tensors)
 
 
 def size(members: Members) -> tuple[int, int] | None:
@@ -140,47 +134,41 @@ def _loha(members: Members) -> Factored | None:
     return Factored((_branch(down, up, alpha_over(members, a1.shape[0])),))
 
 
-def _lokr(members: Members) -> Factored | None:
-    halves = [_halves(members, f"lokr_w{i}") for i in (1, 2)]
+def _lokr(members: Members) -> Factored:
     pairs = [members.get(f"lokr_w{i}_b") for i in (1, 2) if f"lokr_w{i}" not in members]
     scale = alpha_over(members, pairs[-1].shape[0]) if pairs else 1.0  # the whole form knows no alpha
-    (p1, q1), (p2, q2) = halves
-    if _worth(p1.shape[1] * p2.shape[1], p1.shape[0] * p2.shape[0], q1.shape[1] * q2.shape[1]):
-        return Factored((_branch(torch.kron(q1, q2), torch.kron(p1, p2), scale),))
-    return _blocks(p1 @ q1, members, scale)
-
-
-def _halves(members: Members, name: str) -> tuple[Tensor, Tensor]:
-    """A factor as a product of two, the smaller inner size first: W = W I or I W."""
-    if name not in members:
-        return members[f"{name}_a"].float(), members[f"{name}_b"].flatten(1).float()
-    w = members[name].flatten(1).float()
-    n, k = w.shape
-    return (w, torch.eye(k, device=w.device)) if k <= n else (torch.eye(n, device=w.device), w)
-
-
-def _blocks(w1: Tensor, members: Members, scale: float) -> Factored | None:
-    """W1 (x) W2 as blocks W1[i,j] * W2 that all use one W2."""
-    if w1.numel() > MAX_BLOCKS:
-        return None
+    first = members.get("lokr_w1")
+    if first is None:
+        first = members["lokr_w1_a"].float() @ members["lokr_w1_b"].float()
     if "lokr_w2" in members:
         down, up = members["lokr_w2"].flatten(1), None
-        height, width = down.shape
     else:
         down, up = members["lokr_w2_b"].flatten(1), members["lokr_w2_a"]
-        height, width = up.shape[0], down.shape[1]
-    return Factored(
-        tuple(
-            Branch(down, up, value * scale, _run(i, height), _run(j, width))
-            for i, row in enumerate(w1.tolist())
-            for j, value in enumerate(row)
-            if value
-        )
-    )
+    n, k = size(members)
+    return Factored((Branch(down, up, scale, slice(0, n), slice(0, k), first.flatten(1)),))
 
 
-def _run(index: int, length: int) -> slice:
-    return slice(index * length, (index + 1) * length)
+def glora(members: Members, weight: Tensor) -> Branch | None:
+    """GLoRA as one pair, W + B + W A = W + [B1 | W A1] [B2 ; A2]; None where the tensors are not, or do not fit.
+
+    weight   [n, k]   fp32   as patched so far
+    returns           its `down` and `up` of twice the rank, fp32
+
+    In the older form, told by its shapes, the factors are the other way round.
+    """
+    if "a1.weight" not in members or "dora_scale" in members:
+        return None
+    a1, a2, b1, b2 = (members[f"{n}.weight"].flatten(1).to(weight) for n in ("a1", "a2", "b1", "b2"))
+    old = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
+    new = b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
+    n, k = weight.shape
+    if old and (not new or a2.shape[0] == n == k):
+        a1, a2, b1, b2 = a2, a1, b2, b1
+    elif not new:
+        return None
+    if (a1.shape[0], a2.shape[1], b1.shape[0], b2.shape[1]) != (k, k, n, k):
+        return None
+    return _branch(torch.cat((b2, a2)), torch.cat((b1, weight @ a1), 1), alpha_over(members, a2.shape[0]))
 
 
 def _branch(down: Tensor, up: Tensor, scale: float) -> Branch:

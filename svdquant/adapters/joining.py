@@ -4,13 +4,17 @@ Patches that do not look at the weight (LoRA, LoHa, LoKr, differences) join one 
 DoRA, OFT, BOFT, a scaled base and replacements do look at it: the host's own arithmetic is run on the dequantized
 weight as patched so far, and what it changed joins as one dense branch. Exact too, but as large as the 16-bit layer.
 GLoRA looks at the weight through a thin matrix only, so it stays low-rank: W + B + W A = W + [B1 | W A1] [B2 ; A2].
+
+Branches are made once and kept in RAM; where they are computed with is residence.py's matter.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import comfy.lora
 import comfy.model_management
@@ -23,39 +27,27 @@ from ..core.linear import Branch
 from . import factors, layout
 from .factors import Factored
 from .operations import QuantizedLinear
+from .patches import Patch, is_blind, members_of, misfit, region
 
-Patch = tuple  # (strength, adapter or difference, strength_model, offset, function), as the host keeps it
-
-# What the host's adapters keep in `weights`, in its order, by our tails.
-_WEIGHTS = {
-    "lora": "lora_up.weight lora_down.weight alpha lora_mid.weight dora_scale reshape_weight",
-    "loha": "hada_w1_a hada_w1_b alpha hada_w2_a hada_w2_b hada_t1 hada_t2 dora_scale",
-    "lokr": "lokr_w1 lokr_w2 alpha lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b lokr_t2 dora_scale",
-    "glora": "a1.weight a2.weight b1.weight b2.weight alpha dora_scale",
-    "oft": "oft_blocks rescale alpha dora_scale",
-    "boft": "oft_blocks rescale alpha dora_scale",
-}
-_BLIND = ("lora", "loha", "lokr")  # adapters that never look at the weight
+REMEMBERED = 2  # sets of patches a layer: the model's, and those with the hooks of a conditioning
 
 
-@dataclass
-class Notes:
-    """What is worth a line in the log: dense differences, truncations, patches that do not fit."""
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """The branches of a layer, and what is worth saying about them.
 
-    dense: dict[str, int] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    misfits: dict[str, str] = field(default_factory=dict)
+    error    largest relative error of a truncation, 0 where every branch is exact
+    misfit   why a patch was left out, empty where none was
+    """
 
-    def lines(self):
-        """One line a kind, none where there was nothing."""
-        if self.dense:
-            size = sum(self.dense.values()) / 2**20
-            yield f"{size:.0f} MB of dense differences on {len(self.dense)} layers, for adapters that are not low-rank"
-        if self.errors:
-            yield f"low rank on {len(self.errors)} layers, largest relative error {max(self.errors.values()):.1e}"
-        if self.misfits:
-            key, why = next(iter(self.misfits.items()))
-            yield f"skipped on {len(self.misfits)} layers, which it does not fit, such as {key}: {why}"
+    branches: tuple[Branch, ...]
+    error: float = 0.0
+    misfit: str = ""
+
+    @property
+    def dense(self) -> int:
+        """Bytes of whole differences, which are as large as the 16-bit layer."""
+        return sum(b.down.nbytes for b in self.branches if b.up is None and b.kron is None)
 
 
 def error_limit() -> float:
@@ -70,102 +62,86 @@ def error_limit() -> float:
         raise ValueError(f"SVDQUANT_LORA_ERROR: expected a number such as 0.001, got {setting!r}.") from None
 
 
-def join(
-    layer: QuantizedLinear, key: str, patches: Sequence[Patch], device: torch.device, notes: Notes
-) -> tuple[Branch, ...]:
-    """The branches that a layer's patches mean, on `device`.
+# The last results by layer, each with the patches it came of: a hook that switches to and fro joins nothing anew.
+_recent: WeakKeyDictionary[QuantizedLinear, deque[tuple[tuple, Sequence[Patch], Joined]]] = (
+    WeakKeyDictionary()
+)
+
+
+def recall(
+    layer: QuantizedLinear, key: str, patches: Sequence[Patch], device: torch.device
+) -> tuple[Joined, bool]:
+    """`join`, and whether it had to be done; a layer's last results are kept."""
+    if not patches:
+        return Joined(()), False
+    recent = _recent.setdefault(layer, deque(maxlen=REMEMBERED))
+    signature = (error_limit(), *((p[0], id(p[1]), p[2], p[3], id(p[4])) for p in patches))
+    for known, _, joined in recent:
+        if known == signature:
+            return joined, False
+    joined = join(layer, key, patches, device)
+    recent.append(
+        (signature, tuple(patches), joined)
+    )  # the patches too: an id is only good while its owner lives
+    return joined, True
+
+
+def forget(layer: QuantizedLinear) -> None:
+    """Let go of a layer's last results and the patches they came of."""
+    _recent.pop(layer, None)
+
+
+def join(layer: QuantizedLinear, key: str, patches: Sequence[Patch], device: torch.device) -> Joined:
+    """The branches in RAM that a layer's patches mean; what has to be worked out is worked out on `device`.
 
     A patch that does not fit the layer is left out and noted, as the host leaves it out of a 16-bit layer.
     """
-    joined: list[Branch] = []
-    shape = (layer.out_features, layer.in_features)
+    branches: list[Branch] = []
+    error, wrong, shape = 0.0, "", (layer.out_features, layer.in_features)
     for patch in patches:
         rows, columns = region(patch[3], shape)
         why = misfit(patch[1], (rows.stop - rows.start, columns.stop - columns.start))
         if why:
-            notes.misfits[key] = why
-        elif is_blind(patch):
-            if not patch[0]:
-                continue
+            wrong = why
+        elif not is_blind(patch):
+            branches = [b.map(_in_ram) for b in _seeing(layer, key, patch, branches, device)]
+        elif patch[0]:
             found = factored(patch[1], device)
-            joined += [_placed(b, patch[0], rows, columns) for b in found.branches]
-            if found.error:
-                notes.errors[key] = max(found.error, notes.errors.get(key, 0.0))
-        else:
-            joined = _seeing(layer, key, patch, joined, device)
-    branches = _one_dense(joined, shape)
-    dense = sum({id(b.down): b.down.nbytes for b in branches if b.up is None and _covers(b, shape)}.values())
-    if dense:
-        notes.dense[key] = dense
-    return branches
+            branches += [_placed(b, patch[0], rows, columns) for b in found.branches]
+            error = max(error, found.error)
+    return Joined(_one_dense(branches, shape), error, wrong)
 
 
-def forget() -> None:
-    """Drop every factor kept for a later load."""
-    _kept.clear()
-
-
-def region(offset: tuple[int, int, int] | None, shape: tuple[int, int]) -> tuple[slice, slice]:
-    """The rows and columns of a layer that a patch covers; `offset` is the host's (axis, start, length)."""
-    bounds = [slice(0, extent) for extent in shape]
-    if offset is not None:
-        axis, start, length = offset
-        bounds[axis] = slice(start, start + length)
-    return bounds[0], bounds[1]
-
-
-def members_of(value: object) -> Mapping[str, Tensor] | None:
-    """The tensors of a patch by tail; None for what is neither an adapter the host knows nor a difference."""
-    if isinstance(value, WeightAdapterBase):
-        names = _WEIGHTS.get(value.name, "").split()
-        return {n: t for n, t in zip(names, value.weights, strict=False) if t is not None} if names else None
-    if isinstance(value, tuple) and (len(value) == 1 or value[0] == "diff"):
-        tensors = value[-1] if isinstance(value[-1], tuple | list) else value
-        padded = len(tensors) > 1 and tensors[1].get("pad_weight")
-        return None if padded or not isinstance(tensors[0], Tensor) else {"diff": tensors[0]}
-    return None
-
-
-def is_blind(patch: Patch) -> bool:
-    """Whether what a patch adds is the same whatever the weight is."""
-    _, value, strength_model, _, function = patch
-    members = members_of(value)
-    if strength_model != 1.0 or function is not None or members is None:
-        return False
-    return "diff" in members or (value.name in _BLIND and not {"dora_scale", "reshape_weight"} & set(members))
-
-
-def misfit(value: object, shape: tuple[int, int]) -> str:
-    """Why a patch cannot be applied to a region of this shape; empty where it can, or where only trying will tell."""
-    members = members_of(value)
-    if members is None:
-        return ""
-    try:
-        found = factors.size(members)
-    except ValueError as error:
-        return str(error)
-    if found is None and "diff" in members:
-        found = tuple(members["diff"].shape)
-    if found is None or found in (shape, tuple(members.get("reshape_weight", ()))):
-        return ""
-    return f"expected {list(shape)}, got {list(found)}"
-
-
-# Factors by the adapter they were made of, so that a new strength or the next hook makes and moves nothing. The
-# adapter is the LoRA file's own object; for a difference the tensor is.
+# Factors by the adapter they were made of and the limit they keep, so that a new strength or the next load makes
+# nothing. The adapter is the LoRA file's own object; for a difference the tensor is.
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def factored(value: object, device: torch.device) -> Factored:
-    """The branches of a blind patch at strength 1, on `device`, made once."""
-    members = members_of(value)
+    """The branches of a blind patch at strength 1, in RAM, made once."""
+    members, limit = members_of(value), error_limit()
     owner = value if isinstance(value, WeightAdapterBase) else members["diff"]
     held = _kept.get(owner)
-    if held is None or held[0] != device:
-        there = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in members.items()}
-        held = (device, factors.factor(there) or _reduced(value, there, device))
+    if held is None or held[0] != limit:
+        held = (limit, factors.factor(members) or _reduced(value, factors.size(members), device))
         _kept[owner] = held
     return held[1]
+
+
+def _reduced(value: object, size: tuple[int, int], device: torch.device) -> Factored:
+    """A difference without exact factors: of low rank within the limit, or whole."""
+    zeros = torch.zeros(size, dtype=torch.float32, device=device)
+    delta = comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], zeros, "")
+    found = factors.truncated(delta, error_limit()) or factors.whole(delta, _dtype(device))
+    return replace(found, branches=tuple(b.map(_in_ram) for b in found.branches))
+
+
+def _in_ram(tensor: Tensor) -> Tensor:
+    return tensor.cpu()
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return comfy.model_management.lora_compute_dtype(device)
 
 
 @dataclass(frozen=True)
@@ -182,24 +158,12 @@ def cost(layer: QuantizedLinear, patch: Patch, device: torch.device) -> Cost:
     """The cost of a patch, before it is joined; that of a patch that looks at the weight is known by its kind."""
     if is_blind(patch):
         found = factored(patch[1], device)
-        dense = any(b.up is None for b in found.branches[:1]) and len(found.branches) == 1
-        return Cost(found.rank, found.nbytes, dense, found.error)
+        return Cost(found.rank, found.nbytes, bool(Joined(found.branches).dense), found.error)
     members = members_of(patch[1]) or {}
     if "a1.weight" in members and "dora_scale" not in members:
         rank = 2 * min(members["a1.weight"].flatten(1).shape)
         return Cost(rank, 4 * rank * (layer.out_features + layer.in_features), False, 0.0)
     return Cost(0, layer.out_features * layer.in_features * _dtype(device).itemsize, True, 0.0)
-
-
-def _reduced(value: object, members: Mapping[str, Tensor], device: torch.device) -> Factored:
-    """A difference without exact factors: of low rank within the limit, or whole."""
-    zeros = torch.zeros(factors.size(members), dtype=torch.float32, device=device)
-    delta = comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], zeros, "")
-    return factors.truncated(delta, error_limit()) or factors.whole(delta, _dtype(device))
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return comfy.model_management.lora_compute_dtype(device)
 
 
 def _placed(branch: Branch, strength: float, rows: slice, columns: slice) -> Branch:
@@ -233,48 +197,27 @@ def _seeing(
 
 
 def _glora(patch: Patch, weight: Tensor) -> Branch | None:
-    """GLoRA as one pair; its older form, told by its shapes, has the factors the other way round."""
     strength, value, strength_model, offset, function = patch
-    members = members_of(value)
-    if strength_model != 1.0 or function is not None or not members or "a1.weight" not in members:
-        return None
-    if "dora_scale" in members:
+    if strength_model != 1.0 or function is not None:
         return None
     rows, columns = region(offset, tuple(weight.shape))
-    w = weight[rows, columns]
-    a1, a2, b1, b2 = (
-        members[n].flatten(1).to(w) for n in ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
-    )
-    old = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
-    new = b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
-    if old and (not new or a2.shape[0] == w.shape[0] == w.shape[1]):
-        a1, a2, b1, b2 = a2, a1, b2, b1
-    elif not new:
-        return None
-    up, down = torch.cat((b1, w @ a1), 1), torch.cat((b2, a2))
-    if up.shape[0] != w.shape[0] or down.shape[1] != w.shape[1]:
-        return None
-    return Branch(down, up, strength * factors.alpha_over(members, a2.shape[0]), rows, columns)
+    found = factors.glora(members_of(value) or {}, weight[rows, columns])
+    return None if found is None else _placed(found, strength, rows, columns)
 
 
 def dense_sum(branches: Sequence[Branch], shape: tuple[int, int], *, device: torch.device) -> Tensor:
-    """What branches add to a layer's weight: [n, k] fp32."""
+    """What branches add to a layer's weight: [n, k] fp32 on `device`."""
     total = torch.zeros(shape, dtype=torch.float32, device=device)
-    for b in branches:
-        product = b.down.float() if b.up is None else b.up.float() @ b.down.float()
-        total[b.rows, b.columns] += b.strength * product
+    for branch in branches:
+        total[branch.rows, branch.columns] += branch.map(lambda t: t.to(device)).difference()
     return total
-
-
-def _covers(branch: Branch, shape: tuple[int, int]) -> bool:
-    return tuple(branch.down.shape) == shape and branch.up is None
 
 
 def _one_dense(branches: list[Branch], shape: tuple[int, int]) -> tuple[Branch, ...]:
     """Dense differences of the whole layer added up: two of them need no more memory than one."""
-    whole = [b for b in branches if _covers(b, shape)]
+    whole = [b for b in branches if b.up is None and b.kron is None and tuple(b.down.shape) == shape]
     if len(whole) < 2:
         return tuple(branches)
     total = dense_sum(whole, shape, device=whole[0].down.device).to(whole[0].down.dtype)
-    rest = [b for b in branches if not _covers(b, shape)]
+    rest = [b for b in branches if all(b is not other for other in whole)]
     return (*rest, Branch(total, None, 1.0, *region(None, shape)))

@@ -17,6 +17,7 @@ from ...loaders import lora_nunchaku
 from ...loaders.lora import read_lora
 from ...loaders.lora_names import Renamed, guess_family, rename
 from . import joining, nunchaku_lora
+from . import patches as patching
 from .operations import QuantizedLinear
 
 log = logging.getLogger("svdquant-nodes")
@@ -140,14 +141,14 @@ def check(model, path: Path, patches: Patches) -> None:
         name, *rest = (key,) if isinstance(key, str) else key
         weight = comfy.utils.get_attr(model, name)
         shape = tuple(weight.shape)
-        rows, columns = joining.region(rest[0] if rest else None, (*shape, 1)[:2])
-        members = joining.members_of(value) or {}
+        rows, columns = patching.region(rest[0] if rest else None, (*shape, 1)[:2])
+        members = patching.members_of(value) or {}
         expected = (rows.stop - rows.start, columns.stop - columns.start) if len(shape) > 1 else shape
         if len(shape) > 2:
             expected = (expected[0], weight[0].numel())
         if name.endswith(_WIDENED) and _widen(value, expected):
             continue
-        why = _vector_misfit(value, expected, rows) if len(shape) == 1 else joining.misfit(value, expected)
+        why = _vector_misfit(value, expected, rows) if len(shape) == 1 else patching.misfit(value, expected)
         why = why or _misfit_of_others(members, expected)
         if why:
             raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core import linear as core
 from ..core.linear import Branch
 from .layout import dense, shift_compensation, unpack
+from .residence import Residence
 
 
 def make_operations(ops: ModuleType) -> type:
@@ -32,13 +33,12 @@ def make_operations(ops: ModuleType) -> type:
 class QuantizedLinear(comfy.ops.manual_cast.Linear):
     """The host's Linear that can also hold an SVDQuant weight and LoRA branches.
 
-    Everything a quantized weight needs is in `.weight`; `.bias` is the stored bias. LoRA arrives as `branches`, set by
-    `branches.py`, so the host's own weight functions, which would merge into a dense weight, are kept out: they are
-    properties that read empty while the weight is quantized.
+    Everything a quantized weight needs is in `.weight`; `.bias` is the stored bias. LoRA arrives as branches, set by
+    `branches.py` and kept where the weight is, so the host's own weight functions, which would merge into a dense
+    weight, are kept out: they are properties that read empty while the weight is quantized.
     """
 
     op_set: ModuleType
-    branches: tuple[Branch, ...] = ()
     wrappers: tuple = ()  # functions of the dense weight that another node added on purpose
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
@@ -47,6 +47,12 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.weight = _meta((out_features, in_features), dtype)
         self.bias = _meta((out_features,), dtype) if bias else None
+        self.residence = Residence()
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The LoRA branches, on the weight's device."""
+        return self.residence.beside
 
     @property
     def quantized(self) -> bool:
@@ -69,6 +75,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         for name, param in self._parameters.items():
             if param is not None and not param.is_meta:
                 self._parameters[name] = torch.nn.Parameter(fn(param), requires_grad=False)
+        self.residence.move(self.weight.device)
         return self
 
     @property
@@ -99,14 +106,17 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             bias_dtype=None if self.bias is None else self.bias.dtype,
             offloadable=True,
         )
+        branches = self.residence.at(x.device, image=getattr(self, "_v_signature", None) is not None)
         if self.wrappers or not isinstance(weight, QuantizedTensor):
-            y = self._forward_dense(x, weight, bias)
+            y = self._forward_dense(x, weight, bias, branches)
         else:
-            y = core.forward(x, unpack(weight._qdata, weight._params), bias, self.branches, self.op_set)
+            y = core.forward(x, unpack(weight._qdata, weight._params), bias, branches, self.op_set)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
 
-    def _forward_dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _forward_dense(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branch, ...]
+    ) -> Tensor:
         """For weight functions of other nodes, and where the host hands over a dense weight."""
         if isinstance(weight, QuantizedTensor):
             weight, bias = dense(unpack(weight._qdata, weight._params), weight.shape, bias)
@@ -115,7 +125,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             weight = function(weight)
         flat = x.reshape(-1, x.shape[-1])
         y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype)).float()
-        y = core.add_branches(y, flat, self.branches)
+        y = core.add_branches(y, flat, branches)
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs) -> Tensor:

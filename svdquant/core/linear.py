@@ -9,8 +9,8 @@ rank (`Branch`), possibly for some rows or columns only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -40,13 +40,15 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """Extra rank on raw activations: y[:, rows] += strength * (x[:, columns] @ down.T) @ up.T.
+    """Extra rank on raw activations: y[:, rows] += strength * x[:, columns] @ D.T, where D = up @ down.
 
     down      [r, k]   any float   k = width of `columns`; [n, k] where up is None
     up        [n, r]   any float   n = height of `rows`; None for a dense difference, kept in `down`
     strength  float    the product of every scalar on the way (LoRA strength, alpha / rank)
     rows      slice    output rows of the layer it adds to
     columns   slice    input columns of the layer it reads
+    kron      [a, b]   any float   D is the Kronecker product kron (x) (up @ down), which is never formed;
+                                   k and n are then a b-th of the width and an a-th of the height
     """
 
     down: Tensor
@@ -54,6 +56,26 @@ class Branch:
     strength: float
     rows: slice
     columns: slice
+    kron: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the pair; 0 for a dense difference and for a Kronecker product."""
+        return 0 if self.up is None or self.kron is not None else self.up.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in (self.down, self.up, self.kron) if t is not None)
+
+    def map(self, place: Callable[[Tensor], Tensor]) -> Branch:
+        """The same branch with every tensor replaced by what `place` makes of it."""
+        up, kron = (None if t is None else place(t) for t in (self.up, self.kron))
+        return replace(self, down=place(self.down), up=up, kron=kron)
+
+    def difference(self) -> Tensor:
+        """D, strength included: [height of rows, width of columns] fp32."""
+        d = self.down.float() if self.up is None else self.up.float() @ self.down.float()
+        return self.strength * (d if self.kron is None else torch.kron(self.kron.float(), d))
 
 
 def linear(x: Tensor, weights: LinearWeights, ops: ModuleType) -> Tensor:
@@ -97,9 +119,17 @@ def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
     returns  [M, N]   fp32
     """
     for branch in branches:
-        h = x[:, branch.columns].float() @ branch.down.float().T * branch.strength
-        y[:, branch.rows] += h if branch.up is None else h @ branch.up.float().T
+        y[:, branch.rows] += _through(branch, x[:, branch.columns].float())
     return y
+
+
+def _through(branch: Branch, x: Tensor) -> Tensor:
+    """A branch's product. Kronecker: x as a [b, k] matrix X, (kron (x) D) x = kron X D.T, two small products."""
+    if branch.kron is not None:
+        x = x.unflatten(1, (branch.kron.shape[1], -1))
+    h = x @ branch.down.float().T * branch.strength
+    h = h if branch.up is None else h @ branch.up.float().T
+    return h if branch.kron is None else (branch.kron.float() @ h).flatten(1)
 
 
 def forward(

@@ -27,16 +27,28 @@ def branch(rows, columns, n, k, *, rank=4, strength=1.0, seed=50, dtype=torch.fl
     return Branch(down, layers.random(n, rank, seed=seed + 1, dtype=dtype), strength, rows, columns)
 
 
+def kron(a, b, n, k, rank=None, *, rows=ALL, columns=ALL, strength=0.7, dtype=torch.float32):
+    """An [a, b] factor times an [n, k] one, whole or thin."""
+    first = layers.random(a, b, seed=80, dtype=dtype)
+    if rank is None:
+        return Branch(layers.random(n, k, seed=81, dtype=dtype), None, strength, rows, columns, first)
+    down = layers.random(rank, k, seed=82, dtype=dtype)
+    return Branch(down, layers.random(n, rank, seed=83, dtype=dtype), strength, rows, columns, first)
+
+
+def dense(b):
+    """A branch as a matrix, in float64."""
+    d = oracle.values(b.down) if b.up is None else oracle.values(b.up) @ oracle.values(b.down)
+    return b.strength * (d if b.kron is None else np.kron(oracle.values(b.kron), d))
+
+
 def judge(x, parts, n, bias=None, branches=()):
     """The same layer in float64: parts by the oracle, branches as dense matrices."""
     y = np.zeros((x.shape[0], n))
     for p in parts:
         y[:, p.rows] += layers.forward(x[:, p.columns], p.weights)
     for b in branches:
-        w = b.strength * (
-            oracle.values(b.down) if b.up is None else oracle.values(b.up) @ oracle.values(b.down)
-        )
-        y[:, b.rows] += oracle.values(x)[:, b.columns] @ w.T
+        y[:, b.rows] += oracle.values(x)[:, b.columns] @ dense(b).T
     return y if bias is None else y + oracle.values(bias)
 
 
@@ -109,6 +121,15 @@ BRANCHES = {
     "bf16-pair": [branch(ALL, ALL, 160, 128, dtype=torch.bfloat16)],
     "dense-difference": [Branch(layers.random(64, 32, seed=70), None, 0.5, slice(96, 160), slice(32, 64))],
     "rank-0": [branch(ALL, ALL, 160, 128, rank=0)],
+    "kron-square": [kron(16, 16, 10, 8)],
+    "kron-tall": [kron(80, 2, 2, 64)],
+    "kron-wide": [kron(2, 64, 80, 2)],
+    "kron-thin": [kron(8, 4, 20, 32, rank=3)],
+    "kron-row": [kron(1, 128, 160, 1)],
+    "kron-of-one": [kron(1, 1, 160, 128)],
+    "kron-slice": [kron(4, 8, 12, 8, rows=slice(80, 128), columns=slice(64, 128))],
+    "kron-bf16": [kron(8, 8, 20, 16, dtype=torch.bfloat16)],
+    "kron-beside-a-pair": [kron(8, 8, 20, 16), branch(slice(0, 96), ALL, 96, 128)],
 }
 
 
@@ -118,6 +139,22 @@ def test_branches_against_dense(branches):
     x, bias = layers.random(5, 128, seed=2), layers.random(160, seed=3)
     y = linear.forward(x, parts, bias, branches, reference)
     assert_close(y, judge(x, parts, 160, bias, branches), "fp32_sum")
+
+
+@pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES)
+def test_a_branch_as_a_matrix(branches):
+    for b in branches:
+        assert_close(b.difference(), dense(b), "fp32_sum")
+
+
+def test_a_kronecker_product_is_never_formed():
+    """[64 x 64] (x) [64 x 64] would be a 4096 x 4096 matrix of 64 MB; through its factors it takes 32 KB."""
+    b = kron(64, 64, 64, 64)
+    x, y = layers.random(2, 4096, seed=2), torch.zeros(2, 4096)
+    with torch.profiler.profile(profile_memory=True) as seen:
+        linear.add_branches(y, x, [b])
+    assert max(event.cpu_memory_usage for event in seen.events()) < 1 << 20
+    assert_close(y, oracle.values(x) @ dense(b).T, "fp32_sum")
 
 
 def test_a_branch_and_its_opposite_leave_nothing():
