@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..svdquant.adapters import activations as widths
 from ..svdquant.adapters import folders, load
 
 
@@ -38,6 +39,16 @@ class SVDQuantLoadModel(io.ComfyNode):
                         "For a two-file folder choose its transformer_blocks.safetensors."
                     ),
                 ),
+                io.Combo.Input(
+                    "activations",
+                    options=list(widths.CHOICES),
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "8 bit is closer to the 16-bit model and takes twice the memory of 4 bit, half of 16 bit. "
+                        "auto takes 8 bit where that is faster (A100, H100, H200, B200), else 4 bit."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="An ordinary MODEL; ComfyUI decides the device and offloading.")
@@ -45,5 +56,6 @@ class SVDQuantLoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load.load_model(folders.find(folders.MODELS, model_name)))
+    def execute(cls, model_name: str, activations: str = "auto") -> io.NodeOutput:
+        path = folders.find(folders.MODELS, model_name)
+        return io.NodeOutput(load.load_model(path, activations=activations))

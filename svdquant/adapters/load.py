@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
@@ -17,6 +18,7 @@ from ...loaders.checkpoint import Checkpoint
 from ...loaders.detect import open_checkpoint
 from ..core.weights import LinearWeights
 from ..kernels import ops as kernel_ops
+from . import activations as widths
 from . import branches, layout
 from .families import Family, Mapped, Role, apply_role, resolve
 from .family import assemble, straighten, take_share
@@ -25,27 +27,34 @@ from .operations import make_operations, quantized_linears
 log = logging.getLogger("svdquant-nodes")
 
 
-def load_model(path: str | Path, ops: ModuleType = kernel_ops, disable_dynamic: bool = False):
+def load_model(
+    path: str | Path,
+    ops: ModuleType = kernel_ops,
+    activations: str = widths.AUTO,
+    disable_dynamic: bool = False,
+):
     """Load an SVDQuant checkpoint as an ordinary host MODEL (a ModelPatcher).
 
     path             file or folder in any dialect
     ops              the op set its layers compute with
+    activations      "auto" | "4 bit" | "8 bit": as the file has them, or wider (activations.py)
     disable_dynamic  the host asks for a patcher without dynamic VRAM when it delegates hooks or compile
     returns          the host's own patcher around the host's own model class
 
     Raises ValueError, with file, key and remedy, before anything of a bad file is kept.
     """
-    start = time.perf_counter()
+    start, device = time.perf_counter(), comfy.model_management.get_torch_device()
+    wide = widths.in_eight_bits(activations, device)
     checkpoint = open_checkpoint(Path(path))
     family = _family_of(checkpoint)
     mapped = family.map_names(checkpoint)
     progress = comfy.utils.ProgressBar(len(mapped.linears))
-    state_dict = make_state_dict(checkpoint, mapped, lambda: progress.update(1))
+    state_dict = make_state_dict(checkpoint, mapped, lambda: progress.update(1), device if wide else None)
     patcher = _build(checkpoint, state_dict, ops, disable_dynamic)
     branches.attach(patcher)
-    patcher.cached_patcher_init = (load_model, (str(path), ops))
+    patcher.cached_patcher_init = (load_model, (str(path), ops, activations))
     patcher.set_attachments(branches.KEY, Source(checkpoint.path, checkpoint.dialect, family.name))
-    _report(checkpoint, family, mapped, patcher, time.perf_counter() - start)
+    _report(checkpoint, family, mapped, patcher, wide, time.perf_counter() - start)
     return patcher
 
 
@@ -67,13 +76,23 @@ def _family_of(checkpoint: Checkpoint) -> Family:
     return family
 
 
-def make_state_dict(checkpoint: Checkpoint, mapped: Mapped, advance: Callable[[], None]) -> dict[str, Tensor]:
-    """The host's state dict: quantized tensors for the linears, 16-bit tensors for the rest, layer by layer."""
+def make_state_dict(
+    checkpoint: Checkpoint,
+    mapped: Mapped,
+    advance: Callable[[], None],
+    widen_on: torch.device | None = None,
+) -> dict[str, Tensor]:
+    """The host's state dict: quantized tensors for the linears, 16-bit tensors for the rest, layer by layer.
+
+    widen_on  the device that makes 8-bit layers of 4-bit ones; None leaves them as they are
+    """
     layout.register()
     reader, state_dict = _Reader(checkpoint), {}
     for host, pieces in mapped.linears.items():
         stored = [reader.read(name, role) for name, role in pieces]
         parts, bias = assemble(stored, mapped.axes[host])
+        if widen_on is not None:
+            parts = widths.widen(parts, widen_on)
         state_dict[f"{host}.weight"] = layout.pack(parts, _dtype(checkpoint))
         if bias is not None:
             state_dict[f"{host}.bias"] = bias.clone()
@@ -143,7 +162,9 @@ def _check_complete(checkpoint: Checkpoint, model: torch.nn.Module, given: set[s
             )
 
 
-def _report(checkpoint: Checkpoint, family: Family, mapped: Mapped, patcher, seconds: float) -> None:
+def _report(
+    checkpoint: Checkpoint, family: Family, mapped: Mapped, patcher, wide: bool, seconds: float
+) -> None:
     for warning in checkpoint.warnings:
         log.warning("%s: %s", checkpoint.path.name, warning)
     if mapped.left_over:
@@ -155,12 +176,13 @@ def _report(checkpoint: Checkpoint, family: Family, mapped: Mapped, patcher, sec
         )
     layers = [layer for _, layer in quantized_linears(patcher.model)]
     log.info(
-        "SVDQuant: %s (%s, %s): %d quantized layers, %.1f MB, computed by %s, loaded in %.1f s",
+        "SVDQuant: %s (%s, %s): %d quantized layers, %s-bit activations, %.1f MB, computed by %s, loaded in %.1f s",
         checkpoint.path.name,
         checkpoint.dialect,
         family.name,
         len(layers),
+        8 if wide else 4,
         sum(layer.weight.nbytes for layer in layers) / 2**20,
-        kernel_ops.describe(patcher.load_device.type, patcher.load_device.index),
+        kernel_ops.describe(patcher.load_device.type, patcher.load_device.index, wide=wide),
         seconds,
     )

@@ -83,10 +83,12 @@ def computed_by(report: CheckpointReport, device: torch.device) -> str:
     Builds the device's kernels if they have not been needed before.
     """
     lines = []
+    wide = ops.eight_bits_pay(device.type, device.index)
     for precision in sorted({layer.precision for layer in report.layers}):
-        request = select.Request(_GEMM[precision], "bfloat16")
+        widened = wide and precision != "awq"
+        request = select.Request("gemm_int8" if widened else _GEMM[precision], "bfloat16")
         choice = ops.choose(ops.wanted(request), device.type, device.index)
-        lines.append(f"{precision} layers on {device}: {choice.sentence()}")
+        lines.append(f"{precision} layers on {device}{', in 8 bit' * widened}: {choice.sentence()}")
     return "\n".join(lines)
 
 

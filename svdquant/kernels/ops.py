@@ -212,6 +212,12 @@ gemm_int8 = _default.gemm_int8
 gemv_awq = _default.gemv_awq
 
 
-def describe(kind: str, index: int | None = None) -> str:
-    """What computes a W4A4 layer on a device, in words for a log: "avx2 (not avx512: ...)"."""
-    return choose(wanted(select.Request("gemm_int4", "bfloat16")), kind, index).sentence()
+def describe(kind: str, index: int | None = None, *, wide: bool = False) -> str:
+    """What computes a W4A4 (or W8A8) layer on a device, in words for a log: "avx2 (not avx512: ...)"."""
+    request = select.Request("gemm_int8" if wide else "gemm_int4", "bfloat16")
+    return choose(wanted(request), kind, index).sentence()
+
+
+def eight_bits_pay(kind: str, index: int | None = None) -> bool:
+    """Whether a 4-bit checkpoint runs faster in 8 bits on a device."""
+    return kind == "cuda" and select.eight_bits_pay(device(kind, index), jit.settings().kernels)

@@ -186,3 +186,14 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
     found = [text for wrong, text in checks if wrong]
     lack = "" if device.missing else row.needs(device)
     return [*found, lack] if lack else found
+
+
+def eight_bits_pay(device: Device, wanted: str = "auto") -> bool:
+    """Whether the 8-bit ops beat the 4-bit ones on a device, and are to be had.
+
+    Hopper and the large Blackwells have no 4-bit integer products, and the A100's would wait for the scales of every
+    64 columns; all three have 8-bit ones to spare. Elsewhere 8 bits win accuracy, not time, and cost memory.
+    """
+    fast = device.capability in ((8, 0), (9, 0)) or device.capability[0] == 10
+    found = choose(device, Request("gemm_int8", "bfloat16", wanted=wanted)).spelling
+    return fast and found not in (REFERENCE, WEIGHT_ONLY)

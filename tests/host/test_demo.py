@@ -90,6 +90,24 @@ def test_4_bit_is_plainly_the_16_bit_drawing(comfy, seed):
     assert psnr(ours, theirs) > 25, "another drawing than the 16-bit model's"
 
 
+@pytest.mark.parametrize("seed", [7, 8, 9])
+def test_8_bit_is_nearer_to_the_16_bit_drawing(comfy, seed):
+    four = demo(SVDQuantSample={"seed": seed})
+    eight = demo(SVDQuantSample={"seed": seed}, SVDQuantLoadModel={"activations": "8 bit"})
+    exact = picture(comfy, with_stock_loader(demo(SVDQuantSample={"seed": seed})))
+    assert psnr(picture(comfy, eight), exact) > psnr(picture(comfy, four), exact)
+
+
+def test_4_bit_by_name_is_what_a_cpu_takes(comfy, drawing):
+    prompt = demo(SVDQuantLoadModel={"activations": "4 bit"}, SaveImage={"filename_prefix": "four"})
+    assert psnr(picture(comfy, prompt), drawing) == math.inf
+
+
+def test_another_width_is_refused(comfy):
+    with pytest.raises(PromptRefused, match="activations"):
+        comfy.client.run(demo(SVDQuantLoadModel={"activations": "16 bit"}))
+
+
 def test_progress_and_report(comfy):
     result = comfy.client.run(demo(SVDQuantSample={"seed": 101, "steps": 6}))
     sampled = [

@@ -42,8 +42,10 @@ EXACT_ACTIVATIONS = SimpleNamespace(
     quantize_int4=_exact,
     quantize_int4_unsigned=_exact,
     quantize_nvfp4=_exact,
+    quantize_int8=_exact,
     gemm_int4=_multiply,
     gemm_nvfp4=_multiply,
+    gemm_int8=_multiply,
     gemv_awq=reference.gemv_awq,
 )
 
@@ -54,9 +56,9 @@ class Twins:
     dense: Any
 
 
-def make(path: Path = DEMO_INT4) -> Twins:
+def make(path: Path = DEMO_INT4, activations: str = "auto") -> Twins:
     """Load a checkpoint with exact activations, and build its dense twin from what it holds."""
-    quantized = load_model(path, ops=EXACT_ACTIVATIONS)
+    quantized = load_model(path, ops=EXACT_ACTIVATIONS, activations=activations)
     tensors = {
         name: t.float() for name, t in quantized.model.diffusion_model.state_dict().items() if _plain(t)
     }
