@@ -10,9 +10,9 @@ which `clone()` copies along, keep the layers' `branches` equal to what the patc
   ON_CLEANUP        back to the base after sampling
   ON_DETACH         nothing, so that no LoRA stays on the device; but a clone that merely dies or gives way to
                     another clone of the loaded model (unpatch_all is False) must not touch that one's branches
-  ON_CLONE          the clone is shadowed and watched too (patcher.py, bypass.py)
+  ON_CLONE          the clone is shadowed and watched too (patcher.py, budget.py, bypass.py)
 
-How one patch becomes branches is in joining.py.
+How one patch becomes branches is in joining.py, where branches are kept in residence.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from comfy.patcher_extension import CallbacksMP
 
 from . import bypass, joining
+from .budget import count_branches
 from .joining import Joined
 from .operations import quantized_linears
 from .patcher import shadow
@@ -43,7 +44,7 @@ def attach(patcher) -> None:
             CallbacksMP.ON_DETACH,
             lambda patcher, unpatch_all: clear_branches(patcher) if unpatch_all else None,
         ),
-        (CallbacksMP.ON_CLONE, lambda _, clone: _accompany(clone)),
+        (CallbacksMP.ON_CLONE, _accompany_clone),
     ):
         patcher.add_callback_with_key(event, KEY, callback)
     _accompany(patcher)
@@ -51,7 +52,15 @@ def attach(patcher) -> None:
 
 def _accompany(patcher) -> None:
     shadow(patcher)
+    count_branches(patcher)
     bypass.watch(patcher)
+
+
+def _accompany_clone(patcher, clone) -> None:
+    clone.size = (
+        patcher.size
+    )  # of the model alone: the host hands on what it was told, branches of the original in it
+    _accompany(clone)
 
 
 def set_branches(patcher, hooks=None) -> None:

@@ -107,6 +107,15 @@ def factor(members: Members) -> Factored | None:
     return None
 
 
+def planned(members: Members) -> int | None:
+    """Bytes of the branches that `factor` would make, None where it would make none."""
+    if "hada_w1_a" in members:
+        (n, k), rank = size(members), members["hada_w1_b"].shape[0] * members["hada_w2_b"].shape[0]
+        return 4 * rank * (n + k) if "hada_t1" not in members and _worth(rank, n, k) else None
+    low_rank = {"lora_up.weight", "lokr_w1", "lokr_w1_a"} & set(members)
+    return sum(t.nbytes for t in members.values() if isinstance(t, Tensor)) if low_rank else None
+
+
 def alpha_over(members: Members, rank: int) -> float:
     """alpha / rank, 1 where there is no alpha."""
     alpha = members.get("alpha")

@@ -119,13 +119,27 @@ _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def factored(value: object, device: torch.device) -> Factored:
     """The branches of a blind patch at strength 1, in RAM, made once."""
-    members, limit = members_of(value), error_limit()
-    owner = value if isinstance(value, WeightAdapterBase) else members["diff"]
+    members, limit, owner = members_of(value), error_limit(), _owner(value)
     held = _kept.get(owner)
     if held is None or held[0] != limit:
         held = (limit, factors.factor(members) or _reduced(value, factors.size(members), device))
         _kept[owner] = held
     return held[1]
+
+
+def _owner(value: object) -> object:
+    return value if isinstance(value, WeightAdapterBase) else members_of(value)["diff"]
+
+
+def planned(layer: QuantizedLinear, patches: Sequence[Patch]) -> int:
+    """How many bytes the branches of patches will take, before they are made; at most, where nothing is low-rank."""
+    whole = layer.out_features * layer.in_features * torch.bfloat16.itemsize
+    total = 0
+    for patch in patches:
+        members = members_of(patch[1]) if is_blind(patch) else {}
+        held = _kept.get(_owner(patch[1])) if members else None
+        total += held[1].nbytes if held else (factors.planned(members) or whole)
+    return total
 
 
 def _reduced(value: object, size: tuple[int, int], device: torch.device) -> Factored:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
+
 import comfy.model_management
 import comfy.model_patcher
 import pytest
 import torch
 
-from svdquant_nodes.svdquant.adapters import layout
+from svdquant_nodes.svdquant.adapters import budget, layout, residence
 from svdquant_nodes.svdquant.adapters.operations import quantized_linears
 from svdquant_nodes.svdquant.core import linear
 from svdquant_nodes.tests.inside_host import loras
@@ -31,8 +34,8 @@ def load_part_of(model, most: bool) -> None:
     """
     size = model.model_size()
     budgets = range(size, 12 * size, size // 16)
-    for budget in reversed(budgets) if most else budgets:
-        model.load(CPU, lowvram_model_memory=budget)
+    for memory in reversed(budgets) if most else budgets:
+        model.load(CPU, lowvram_model_memory=memory)
         if model.model.model_lowvram and model.loaded_size() > 0:
             return
         model.unpatch_model(CPU)
@@ -114,3 +117,145 @@ def test_a_layer_streams_through_the_hosts_gathered_buffer(quantized):
         parts = layout.unpack(weight._qdata, weight._params)
         x = torch.randn(3, layer.in_features)
         assert torch.equal(linear.forward(x, parts, bias, (), layer.op_set), layer(x)), key
+
+
+def layers_of(model):
+    return [layer for _, layer in quantized_linears(model.model)]
+
+
+class TestTheHostCountsBranches:
+    """A layer with a LoRA takes more VRAM, and the host's plan knows."""
+
+    def test_in_the_size_of_the_model(self, quantized):
+        tensors = loras.kohya()
+        model = loras.stock(quantized, tensors)
+        added = sum(t.nbytes for name, t in tensors.items() if not name.endswith("alpha"))
+        assert model.model_size() == quantized.model_size() + added
+
+    def test_clones_do_not_hand_it_on(self, quantized):
+        model = loras.stock(quantized, loras.kohya()).clone()
+        model.patches, model.patches_uuid = {}, None
+        assert model.model_size() == model.clone().clone().model_size() == quantized.model_size()
+
+    def test_in_what_is_loaded_and_what_is_freed(self, quantized):
+        model = loras.stock(quantized, loras.kohya())
+        load_part_of(model, most=True)
+        loaded = [m for m in model.model.modules() if getattr(m, "comfy_patched_weights", False)]
+        held = sum(p.nbytes for m in loaded for p in m.parameters(recurse=False))
+        held += sum(t.nbytes for m in loaded for b in getattr(m, "branches", ()) for t in b.tensors)
+        assert any(getattr(m, "branches", ()) for m in loaded)
+        assert model.loaded_size() == held
+        assert model.partially_unload(CPU, 10**9) == held
+        model.detach()
+
+    @pytest.mark.parametrize("made", ["loha", "kohya", "comfy_names", "diffusers"])
+    def test_the_plan_is_what_is_made(self, quantized, made):
+        model = loras.stock(quantized, getattr(loras, made)())
+        sizes = budget.branch_sizes(model)
+        sample(model, steps=1)
+        for key, layer in quantized_linears(model.model):
+            held = sum(t.nbytes for b in layer.branches for t in b.tensors)
+            assert held == sizes.get(key.removesuffix(".weight"), 0), key
+
+
+class Same:
+    """A tensor that equals itself only, so that lists of them can be compared."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __eq__(self, other):
+        return self.tensor is other.tensor
+
+
+def tensors(branches):
+    return [Same(t) for b in branches for t in b.tensors]
+
+
+META = torch.device("meta")  # stands for VRAM: tensors can go there, and say that they are there
+
+
+class TestBranchesGoWithTheirLayer:
+    """With a device that holds no numbers in the place of a GPU."""
+
+    @pytest.fixture
+    def loaded(self, quantized):
+        model = loras.stock(quantized, loras.kohya()).clone()
+        sample(model, steps=1)
+        yield layers_of(model)
+        model.detach()
+
+    def test_moved_there_and_back(self, loaded):
+        for layer in filter(lambda layer: layer.branches, loaded):
+            parameters = dict(layer._parameters)
+            layer.to(META)
+            assert {same.tensor.device for same in tensors(layer.branches)} == {META}
+            copies = [weakref.ref(same.tensor) for same in tensors(layer.branches)]
+            layer.to(META)
+            assert [Same(ref()) for ref in copies] == tensors(layer.branches), "moved without need"
+            layer._parameters.update(parameters)
+            layer.to(CPU)
+            assert tensors(layer.branches) == tensors(layer.residence.own), "copied back for nothing"
+            assert not any(ref() is not None for ref in copies), "something keeps the copies in VRAM"
+
+    def test_a_new_strength_moves_nothing(self, loaded):
+        layer = next(layer for layer in loaded if layer.branches)
+        layer.residence.take(layer.residence.own, META, META)
+        before = tensors(layer.branches)
+        weaker = [dataclasses.replace(b, strength=0.25 * b.strength) for b in layer.residence.own]
+        layer.residence.take(weaker, META, META)
+        assert tensors(layer.branches) == before
+
+    def test_a_streamed_layer_keeps_no_copy(self, loaded):
+        home = next(layer for layer in loaded if layer.branches).residence
+        home.take(home.own, CPU, META)
+        assert tensors(home.beside) == tensors(home.own)
+        visit = home.at(META, image=False)
+        copy = weakref.ref(visit[0].down)
+        assert copy().device == META
+        del visit
+        assert copy() is None
+
+    def test_under_dynamic_vram_copies_last_as_long_as_the_weights_image(self, loaded):
+        home = next(layer for layer in loaded if layer.branches).residence
+        home.take(home.own, CPU, META)
+        first, second = (home.at(META, image=True) for _ in range(2))
+        assert first[0].down is second[0].down
+        copy = weakref.ref(first[0].down)
+        del first, second
+        assert copy() is not None
+        home.at(META, image=False)
+        assert copy() is None
+
+    def test_unloading_leaves_none(self, loaded):
+        home = next(layer for layer in loaded if layer.branches).residence
+        home.take(home.own, META, META)
+        copy = weakref.ref(home.beside[0].down)
+        home.clear()
+        assert copy() is None and home.at(META, image=False) == ()
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("weight", "compute", "pins", "expected"),
+    [
+        (CPU, CPU, True, residence.stay),
+        (CPU, CUDA, True, residence.pinned),
+        (CPU, CUDA, False, residence.stay),
+        (CPU, torch.device("mps"), True, residence.stay),
+    ],
+    ids=["all-on-cpu", "streamed", "streamed-unlocked", "streamed-to-mps"],
+)
+def test_what_becomes_of_a_branch_in_ram(weight, compute, pins, expected):
+    assert residence.chosen(weight, compute, pins) is expected
+
+
+def test_memory_that_cannot_be_locked_is_used_as_it_is(monkeypatch):
+    def refuse(tensor):
+        raise RuntimeError("no accelerator")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    tensor = torch.ones(2)
+    assert residence.pinned(tensor) is tensor
