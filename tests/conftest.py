@@ -29,8 +29,10 @@ _name_the_pack()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark by folder, and skip with the reason."""
+    """Mark by folder, skip with the reason, and keep together what shares something costly."""
     for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
         for folder in ("host", "ui"):
             if item.path.is_relative_to(ROOT / "tests" / folder):
                 item.add_marker(folder)
@@ -40,6 +42,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = missing() if marked else None
         for item in marked if reason else ():
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests recorded: the counts of the suites that run inside a ComfyUI."""
+    for report in terminalreporter.stats.get("passed", ()):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
+def _group(item: pytest.Item) -> str:
+    """Tests of one group run in one worker, one after the other: those of a running ComfyUI, else those of a file."""
+    host = getattr(getattr(item, "callspec", None), "params", {}).get("host")
+    return f"comfyui-{host.version}" if host else str(item.path)
 
 
 def _no_gpu() -> str | None:

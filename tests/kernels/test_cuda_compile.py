@@ -39,7 +39,12 @@ INSTRUCTIONS = {
     "gemv_awq.cu": on(CARDS),
     "entry.cu": on(CARDS),
 }
-UNITS = [(source, card) for source in INSTRUCTIONS for card in CARDS]
+UNITS = [
+    pytest.param(source, card, id=name, marks=pytest.mark.xdist_group(name))
+    for source in INSTRUCTIONS
+    for card in CARDS
+    for name in (f"{source}-sm_{card}",)
+]
 
 
 def nvcc() -> Path | None:
@@ -91,14 +96,14 @@ def compiled(source: str, card: str) -> Compiled:
         return Compiled(done.stderr, sass)
 
 
-@pytest.mark.parametrize(("source", "card"), UNITS, ids=[f"{source}-sm_{card}" for source, card in UNITS])
+@pytest.mark.parametrize(("source", "card"), UNITS)
 def test_compiles_without_spills(source, card):
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", compiled(source, card).ptxas)
     assert spills or source == "entry.cu"
     assert {int(bytes_) for pair in spills for bytes_ in pair} <= {0}
 
 
-@pytest.mark.parametrize(("source", "card"), UNITS, ids=[f"{source}-sm_{card}" for source, card in UNITS])
+@pytest.mark.parametrize(("source", "card"), UNITS)
 def test_tensor_core_instruction(source, card):
     """And no subroutine among the products, which is what an instruction that a card lacks becomes."""
     sass = compiled(source, card).sass
