@@ -31,6 +31,14 @@ struct Floats {
   int64_t stride = 0;
 };
 
+// Where a product writes: fp32, bf16 or fp16, rounded once from fp32; fp16 saturates at 65504. Rows `stride` elements
+// apart.
+struct Output {
+  void* data = nullptr;
+  DType dtype = DType::kF32;
+  int64_t stride = 0;
+};
+
 // How to run: the spelling that select.py chose, and the device's own way to spread work.
 struct Launch {
   const char* spelling = nullptr;
@@ -55,7 +63,7 @@ struct Quantize {
 
 // means: core/reference.py gemm_int4, gemm_nvfp4
 struct Gemm {
-  Codes kind;  // kInt4 for signed and unsigned activations, or kE2M1
+  Codes kind;  // of activations; kInt8 has a struct of its own
   int64_t m, n, k, r;
   const void* codes;            // [M, K]     int8 | uint8, contiguous
   Floats scales;                // [M, G]
@@ -65,14 +73,7 @@ struct Gemm {
   Floats second_scale;          // [1] with stride 0, or [N]; kE2M1 only
   Floats up;                    // [N, R]
   Floats bias;                  // [N] or no data
-  float* out;                   // [M, N]
-};
-
-// Where a product writes: fp32, bf16 or fp16, rounded once from fp32. Rows `stride` elements apart.
-struct Output {
-  void* data = nullptr;
-  DType dtype = DType::kF32;
-  int64_t stride = 0;
+  Output out;                   // [M, N]
 };
 
 // means: core/reference.py gemm_int8
@@ -96,7 +97,7 @@ struct Gemv {
   Floats weight_scales;         // [N, K/group]
   Floats zeros;                 // [N, K/group]
   Floats bias;                  // [N] or no data
-  float* out;                   // [M, N]
+  Output out;                   // [M, N]
 };
 
 const char* quantize(const Quantize& args, const Launch& launch);

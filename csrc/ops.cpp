@@ -2,11 +2,18 @@
 // and only its light headers: this one file is most of a build's time.
 //
 // Schemas and fake kernels are in svdquant/kernels/ops.py. This file is compiled once for each library, with
-// SVDQUANT_DEVICE naming the dispatch key: CPU, linked with csrc/cpu/, or CUDA, linked with the .cu files.
+// SVDQUANT_DEVICE naming the dispatch key: CPU, linked with csrc/cpu/, or CUDA, linked with the .cu files, and then
+// SVDQUANT_GPU is defined. On a GPU nothing here waits for the device or allocates anything but results, and copies of
+// inputs whose rows are not contiguous or that are fp64.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#ifdef SVDQUANT_GPU
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 #include <string>
 #include <tuple>
@@ -46,9 +53,33 @@ Floats vector(const Tensor& t, const char* name, Tensor& kept) {
   return {kept.const_data_ptr(), dtype_of(kept, name), 1};
 }
 
+// All tensors of a call where its first one is.
+void check_device(const Tensor& first, std::initializer_list<std::pair<const char*, const Tensor*>> others) {
+  for (const auto& [name, t] : others) {
+    TORCH_CHECK_VALUE(t->device() == first.device(), name, ": expected on ", first.device(), " as the rest, got ",
+                      t->device());
+  }
+}
+
+const Tensor* if_any(const std::optional<Tensor>& t, const Tensor& otherwise) { return t ? &*t : &otherwise; }
+
+// Makes the device of a call's tensors the current one; a CPU has no such thing.
+struct OnDevice {
+#ifdef SVDQUANT_GPU
+  explicit OnDevice(const Tensor& t) : guard(t.device()) {}
+  c10::cuda::CUDAGuard guard;
+#else
+  explicit OnDevice(const Tensor&) {}
+#endif
+};
+
+// Under an OnDevice.
 Launch launch(const std::string& spelling) {
   Launch l;
   l.spelling = spelling.c_str();
+#ifdef SVDQUANT_GPU
+  l.stream = c10::cuda::getCurrentCUDAStream().stream();
+#endif
   l.parallel = [](int64_t count, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context) {
     at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
   };
@@ -62,6 +93,8 @@ void check_launch(const char* problem, const std::string& spelling) {
 std::tuple<Tensor, Tensor, Tensor> quantize_as(Codes kind, const Tensor& x, const Tensor& smooth, const Tensor& down,
                                                double shift, const std::string& spelling) {
   TORCH_CHECK_VALUE(x.dim() == 2, "x: expected [M, K], got ", x.sizes());
+  check_device(x, {{"smooth", &smooth}, {"down", &down}});
+  const OnDevice here(x);
   const int64_t m = x.size(0), k = x.size(1), group = group_size(kind);
   TORCH_CHECK_VALUE(k % group == 0, "x: last axis is ", k, ", expected a multiple of ", group, ". Pad K first.");
   check_shape(smooth, "smooth", {k});
@@ -109,10 +142,26 @@ void check_packed(const Tensor& t) {
                     t.scalar_type(), " ", t.sizes());
 }
 
+Tensor empty_output(int64_t m, int64_t n, at::ScalarType dtype, const Tensor& like) {
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                    "dtype: expected an output of fp32, bf16 or fp16, got ", dtype);
+  return at::empty({m, n}, like.options().dtype(dtype));
+}
+
+Output output(const Tensor& out) { return {out.mutable_data_ptr(), dtype_of(out, "out"), out.stride(0)}; }
+
 Tensor gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
                const Tensor& weight_scales, const std::optional<Tensor>& second_scale, const Tensor& up,
-               const std::optional<Tensor>& bias, const std::string& spelling) {
+               const std::optional<Tensor>& bias, at::ScalarType dtype, const std::string& spelling) {
   check_packed(weight_codes);
+  check_device(codes, {{"scales", &scales},
+                       {"hidden", &hidden},
+                       {"weight_codes", &weight_codes},
+                       {"weight_scales", &weight_scales},
+                       {"second_scale", if_any(second_scale, codes)},
+                       {"up", &up},
+                       {"bias", if_any(bias, codes)}});
+  const OnDevice here(codes);
   const int64_t m = codes.size(0), n = weight_codes.size(0), k = weight_codes.size(1) * 2, group = group_size(kind);
   const int64_t r = up.size(-1);
   TORCH_CHECK_VALUE(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kByte,
@@ -124,7 +173,7 @@ Tensor gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tens
   check_shape(weight_scales, "weight_scales", {n, k / group});
   check_shape(up, "up", {n, r});
   if (bias) check_shape(*bias, "bias", {n});
-  Tensor out = at::empty({m, n}, hidden.options());
+  Tensor out = empty_output(m, n, dtype, hidden);
   if (m == 0 || n == 0) return out;
   Tensor kept[5];
   const Tensor own_codes = codes.contiguous(), own_hidden = hidden.contiguous(), own_weight = weight_codes.contiguous();
@@ -141,7 +190,7 @@ Tensor gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tens
                {},
                matrix(up, "up", kept[2]),
                {},
-               out.mutable_data_ptr<float>()};
+               output(out)};
   if (bias) args.bias = vector(*bias, "bias", kept[3]);
   if (second_scale) {
     TORCH_CHECK_VALUE(second_scale->numel() == 1 || second_scale->numel() == n, "second_scale: expected 1 or ", n,
@@ -155,20 +204,27 @@ Tensor gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tens
 
 Tensor gemm_int4(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
                  const Tensor& weight_scales, const Tensor& up, const std::optional<Tensor>& bias,
-                 std::string spelling) {
-  return gemm_as(Codes::kInt4, codes, scales, hidden, weight_codes, weight_scales, {}, up, bias, spelling);
+                 at::ScalarType dtype, std::string spelling) {
+  const Codes kind = codes.scalar_type() == at::kByte ? Codes::kUint4 : Codes::kInt4;
+  return gemm_as(kind, codes, scales, hidden, weight_codes, weight_scales, {}, up, bias, dtype, spelling);
 }
 
 Tensor gemm_nvfp4(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
                   const Tensor& weight_scales, const Tensor& second_scale, const Tensor& up,
-                  const std::optional<Tensor>& bias, std::string spelling) {
-  return gemm_as(Codes::kE2M1, codes, scales, hidden, weight_codes, weight_scales, second_scale, up, bias, spelling);
+                  const std::optional<Tensor>& bias, at::ScalarType dtype, std::string spelling) {
+  return gemm_as(Codes::kE2M1, codes, scales, hidden, weight_codes, weight_scales, second_scale, up, bias, dtype,
+                 spelling);
 }
 
 Tensor gemv_awq_op(const Tensor& x, const Tensor& weight_codes, const Tensor& weight_scales, const Tensor& zeros,
-                   const std::optional<Tensor>& bias, std::string spelling) {
+                   const std::optional<Tensor>& bias, at::ScalarType dtype, std::string spelling) {
   check_packed(weight_codes);
   TORCH_CHECK_VALUE(x.dim() == 2, "x: expected [M, K], got ", x.sizes());
+  check_device(x, {{"weight_codes", &weight_codes},
+                   {"weight_scales", &weight_scales},
+                   {"zeros", &zeros},
+                   {"bias", if_any(bias, x)}});
+  const OnDevice here(x);
   const int64_t m = x.size(0), n = weight_codes.size(0), k = weight_codes.size(1) * 2;
   const int64_t groups = weight_scales.size(-1), group = groups ? k / groups : 0;
   TORCH_CHECK_VALUE(group && group % 64 == 0 && groups * group == k, "weight_scales: expected one for every 64 (or a ",
@@ -177,7 +233,7 @@ Tensor gemv_awq_op(const Tensor& x, const Tensor& weight_codes, const Tensor& we
   check_shape(weight_scales, "weight_scales", {n, groups});
   check_shape(zeros, "zeros", {n, groups});
   if (bias) check_shape(*bias, "bias", {n});
-  Tensor out = at::empty({m, n}, x.options().dtype(at::kFloat));
+  Tensor out = empty_output(m, n, dtype, x);
   if (m == 0 || n == 0) return out;
   Tensor kept[4];
   const Tensor own_weight = weight_codes.contiguous();
@@ -190,13 +246,16 @@ Tensor gemv_awq_op(const Tensor& x, const Tensor& weight_codes, const Tensor& we
                matrix(weight_scales, "weight_scales", kept[1]),
                matrix(zeros, "zeros", kept[2]),
                {},
-               out.mutable_data_ptr<float>()};
+               output(out)};
   if (bias) args.bias = vector(*bias, "bias", kept[3]);
   check_launch(gemv_awq(args, launch(spelling)), spelling);
   return out;
 }
 
-std::string spellings_op(const Tensor&) { return spellings(); }
+std::string spellings_op(const Tensor& device) {
+  const OnDevice here(device);
+  return spellings();
+}
 
 }  // namespace
 

@@ -82,6 +82,12 @@ static inline void store(void* data, DType dtype, int64_t i, float v) {
   }
 }
 
+// As `store`, but fp16 saturates: a model that runs in fp16 survives 65504, not infinity.
+static inline void store_output(const Output& out, int64_t row, int64_t column, float v) {
+  if (out.dtype == DType::kF16) v = v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v;
+  store(out.data, out.dtype, row * out.stride + column, v);
+}
+
 static inline float round_to(float v, DType dtype) {
   if (dtype == DType::kBF16) return from_bf16(to_bf16(v));
   return dtype == DType::kF16 ? from_f16(to_f16(v)) : v;

@@ -157,21 +157,21 @@ class Panel {
   mutable float bias_[kPanel];
 };
 
-// Panels begin..end for the tokens first .. first + rows. The last panel may be narrower than 16 and then passes
-// through a buffer.
+// Panels begin..end for the tokens first .. first + rows. A panel is summed where it belongs, or in a buffer if it is
+// narrower than 16 or of 16 bits.
 void run_strip(const Gemm& g, const Panel& panel, const Activations& acts, int64_t first, int64_t begin, int64_t end) {
   const int64_t rows = g.m - first < kStrip ? g.m - first : kStrip;
+  const Scratch<float> sums(rows * kPanel);
   for (int64_t row = begin * kPanel; row < end * kPanel; row += kPanel) {
-    float* out = g.out + first * g.n + row;
     panel.load(row);
-    if (row + kPanel <= g.n) {
-      panel.run(acts, first, rows, out, g.n);
+    const int64_t columns = g.n - row < kPanel ? g.n - row : kPanel;
+    if (g.out.dtype == DType::kF32 && columns == kPanel) {
+      panel.run(acts, first, rows, static_cast<float*>(g.out.data) + first * g.out.stride + row, g.out.stride);
       continue;
     }
-    const Scratch<float> narrow(rows * kPanel);
-    panel.run(acts, first, rows, narrow + 0, kPanel);
+    panel.run(acts, first, rows, sums + 0, kPanel);
     for (int64_t m = 0; m < rows; ++m) {
-      std::memcpy(out + m * g.n, narrow + m * kPanel, static_cast<size_t>(g.n - row) * sizeof(float));
+      for (int64_t i = 0; i < columns; ++i) store_output(g.out, first + m, row + i, sums[m * kPanel + i]);
     }
   }
 }
@@ -190,7 +190,7 @@ void run_token(const Gemm& g, const Shape& shape, const Spelling& s, const CodeT
   std::memset(hidden + 0, 0, static_cast<size_t>(rank) * sizeof(float));
   s.widen(g.hidden, DType::kF32, hidden + 0, g.r);
   for (int64_t row = begin * 4; row < end * 4; row += 4) {
-    float* out = g.out + row;
+    float sums[4];
     for (int64_t i = 0; i < 4; ++i) {
       s.widen(row_of(g.up, row + i), g.up.dtype, up + i * rank, g.r);
       float* to = scales + i * shape.groups;
@@ -198,9 +198,9 @@ void run_token(const Gemm& g, const Shape& shape, const Spelling& s, const CodeT
       const float factor = second_scale(g, row + i);
       for (int64_t j = 0; j < shape.groups && factor != 1.0f; ++j) to[j] *= factor;
     }
-    s.project(hidden + 0, 1, up + 0, rank, 4, out);
-    s.dot4(g.weight_codes + row * g.k / 2, g.k / 2, scales + 0, table, acts.tile(shape, 0, 1), out);
-    for (int64_t i = 0; i < 4; ++i) out[i] += bias_of(g, row + i);
+    s.project(hidden + 0, 1, up + 0, rank, 4, sums);
+    s.dot4(g.weight_codes + row * g.k / 2, g.k / 2, scales + 0, table, acts.tile(shape, 0, 1), sums);
+    for (int64_t i = 0; i < 4; ++i) store_output(g.out, 0, row + i, sums[i] + bias_of(g, row + i));
   }
 }
 

@@ -7,7 +7,7 @@ namespace svdquant::cuda {
 
 // How 4-bit integers are multiplied.
 enum class Product {
-  kInt4,  // 4-bit tensor cores, sm_75 to sm_89; Gemm.kind kUint4 says that activations are unsigned
+  kInt4,  // 4-bit tensor cores, sm_75 to sm_89
   kInt8,  // widened to int8, everywhere; also takes int8 activations
 };
 
@@ -18,10 +18,10 @@ const char* quantize_int8(const Quantize& args, const Launch& launch);
 // means: core/reference.py quantize_nvfp4
 const char* quantize_nvfp4(const Quantize& args, const Launch& launch);
 
-// means: core/reference.py gemm_int4, rounded to the output's dtype
-const char* gemm_int4(const Gemm& args, const Output& out, Product product, const Launch& launch);
-// means: core/reference.py gemm_nvfp4, rounded to the output's dtype
-const char* gemm_nvfp4(const Gemm& args, const Output& out, const Launch& launch);
+// means: core/reference.py gemm_int4
+const char* gemm_int4(const Gemm& args, Product product, const Launch& launch);
+// means: core/reference.py gemm_nvfp4
+const char* gemm_nvfp4(const Gemm& args, const Launch& launch);
 
 // means: core/reference.py gemv_awq
 const char* gemv_awq(const Gemv& args, const Launch& launch);

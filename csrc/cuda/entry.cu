@@ -16,10 +16,9 @@ const char* quantize(const Quantize& args, const Launch& launch) {
 }
 
 const char* gemm(const Gemm& args, const Launch& launch) {
-  const Output out = {args.out, DType::kF32, args.n};
-  if (args.kind == Codes::kE2M1) return cuda::gemm_nvfp4(args, out, launch);
+  if (args.kind == Codes::kE2M1) return cuda::gemm_nvfp4(args, launch);
   const bool narrow = is(launch, "mma_s4") || is(launch, "mma_sm75");
-  return cuda::gemm_int4(args, out, narrow ? cuda::Product::kInt4 : cuda::Product::kInt8, launch);
+  return cuda::gemm_int4(args, narrow ? cuda::Product::kInt4 : cuda::Product::kInt8, launch);
 }
 
 const char* gemv_awq(const Gemv& args, const Launch& launch) { return cuda::gemv_awq(args, launch); }

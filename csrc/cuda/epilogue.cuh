@@ -101,47 +101,41 @@ __device__ __forceinline__ void add_branch(const Gemm& p, const Place<T>& place,
   }
 }
 
-// Two neighbours of a row, of which the second may not exist. fp16 saturates, as published kernels do: a model that
-// runs in fp16 survives 65504, not infinity.
+// Two neighbours of a row, of which the second may not exist, in one store where their address allows it.
 __device__ __forceinline__ void store_pair(const Output& out, int64_t row, int64_t column, int64_t n, float a,
                                            float b) {
-  const int64_t at = row * out.stride + column;
   const bool pair = column + 1 < n;
+  const int64_t at = row * out.stride + column;
   if (out.dtype == DType::kF32) {
     float* to = static_cast<float*>(out.data) + at;
     if (pair && is_aligned(to, 8)) return st_global(reinterpret_cast<float2*>(to), float2{a, b});
-    st_global(to, a);
-    if (pair) st_global(to + 1, b);
-    return;
+  } else {
+    unsigned short* to = static_cast<unsigned short*>(out.data) + at;
+    const unsigned low = output_bits(out.dtype, a), high = output_bits(out.dtype, b);
+    if (pair && is_aligned(to, 4)) return st_global(reinterpret_cast<unsigned*>(to), low | high << 16);
   }
-  const auto bits = [&](float v) -> unsigned {
-    if (out.dtype == DType::kBF16) return to_bf16(v);
-    return to_f16(v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v);
-  };
-  unsigned short* to = static_cast<unsigned short*>(out.data) + at;
-  if (pair && is_aligned(to, 4)) return st_global(reinterpret_cast<unsigned*>(to), bits(a) | bits(b) << 16);
-  st_global(to, static_cast<unsigned short>(bits(a)));
-  if (pair) st_global(to + 1, static_cast<unsigned short>(bits(b)));
+  store_output(out, row, column, a);
+  if (pair) store_output(out, row, column + 1, b);
 }
 
 // out = sums + bias.
 template <class T>
-__device__ __forceinline__ void store_sums(const GemmParams& p, const Place<T>& place, const Sums<T>& sums) {
-  const Floats& bias = p.args.bias;
+__device__ __forceinline__ void store_sums(const Gemm& p, const Place<T>& place, const Sums<T>& sums) {
+  const Floats& bias = p.bias;
 #pragma unroll
   for (int j = 0; j < T::kNs; ++j) {
     const int64_t column = place.column0 + place.warp_column + 8 * j + 2 * place.t;
-    if (column >= p.args.n) continue;
+    if (column >= p.n) continue;
     float b[2] = {};
     if (bias.data) {
       b[0] = load_one(bias.data, bias.dtype, column);
-      if (column + 1 < p.args.n) b[1] = load_one(bias.data, bias.dtype, column + 1);
+      if (column + 1 < p.n) b[1] = load_one(bias.data, bias.dtype, column + 1);
     }
 #pragma unroll
     for (int i = 0; i < T::kMs * 2; ++i) {
       const int64_t row = place.row0 + place.warp_row + 8 * i + place.g;
       const float* pair = &sums[i / 2][j][i % 2 * 2];
-      if (row < p.args.m) store_pair(p.out, row, column, p.args.n, add(pair[0], b[0]), add(pair[1], b[1]));
+      if (row < p.m) store_pair(p.out, row, column, p.n, add(pair[0], b[0]), add(pair[1], b[1]));
     }
   }
 }

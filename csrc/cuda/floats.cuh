@@ -50,6 +50,21 @@ __device__ __forceinline__ void store_one(void* data, DType dtype, int64_t i, fl
   }
 }
 
+// An output's 16 bits. fp16 saturates, as published kernels do: a model that runs in fp16 survives 65504, not infinity.
+__device__ __forceinline__ unsigned short output_bits(DType dtype, float value) {
+  if (dtype == DType::kBF16) return to_bf16(value);
+  return to_f16(value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value);
+}
+
+__device__ __forceinline__ void store_output(const Output& out, int64_t row, int64_t column, float value) {
+  const int64_t at = row * out.stride + column;
+  if (out.dtype == DType::kF32) {
+    st_global(static_cast<float*>(out.data) + at, value);
+  } else {
+    st_global(static_cast<unsigned short*>(out.data) + at, output_bits(out.dtype, value));
+  }
+}
+
 __host__ __device__ inline bool is_aligned(const void* p, int bytes) {
   return reinterpret_cast<uintptr_t>(p) % static_cast<unsigned>(bytes) == 0;
 }

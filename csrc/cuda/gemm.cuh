@@ -26,11 +26,6 @@ namespace svdquant::cuda {
 constexpr int kStep = 64;   // columns a step: an int4 group, four nvfp4 groups
 constexpr int kStages = 3;  // two steps on their way while one is multiplied; more would halve the blocks on an SM
 
-struct GemmParams {
-  Gemm args;
-  Output out;
-};
-
 // kM x kN of the output a block, kWarpM x kWarpN a warp.
 template <int kRows, int kColumns, int kRowsOfWarp, int kColumnsOfWarp>
 struct Tile {

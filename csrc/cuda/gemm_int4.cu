@@ -3,19 +3,18 @@
 
 namespace svdquant::cuda {
 
-const char* gemm_int4_by_int4(const GemmParams& p, const Launch& launch) {
+const char* gemm_int4_by_int4(const Gemm& p, const Launch& launch) {
   if (device_arch() >= 90) return "this card has no 4-bit tensor cores";
-  if (p.args.kind == Codes::kUint4) return choose_tile<Int4Product<true>>(p, launch);
+  if (p.kind == Codes::kUint4) return choose_tile<Int4Product<true>>(p, launch);
   return choose_tile<Int4Product<false>>(p, launch);
 }
 
-const char* gemm_int4(const Gemm& args, const Output& out, Product product, const Launch& launch) {
+const char* gemm_int4(const Gemm& args, Product product, const Launch& launch) {
   if (args.m == 0 || args.n == 0) return nullptr;
   if (!is_aligned(args.codes, 16)) return "codes must begin at a multiple of 16 bytes";
   if (!is_aligned(args.weight_codes, 8)) return "weight codes must begin at a multiple of 8 bytes";
-  if (out.dtype == DType::kE4M3) return "the output must be fp32, bf16 or fp16";
-  const GemmParams p = {args, out};
-  return product == Product::kInt4 ? gemm_int4_by_int4(p, launch) : gemm_int4_by_int8(p, launch);
+  if (args.out.dtype == DType::kE4M3) return "the output must be fp32, bf16 or fp16";
+  return product == Product::kInt4 ? gemm_int4_by_int4(args, launch) : gemm_int4_by_int8(args, launch);
 }
 
 }  // namespace svdquant::cuda

@@ -168,30 +168,30 @@ constexpr int kBlocksAtOnce = SVDQUANT_ARCH == 80 || SVDQUANT_ARCH == 90 || SVDQ
 
 // One block a tile of the output.
 template <class T, class P>
-__global__ void __launch_bounds__(T::kThreads, kBlocksAtOnce) gemm_int4_kernel(GemmParams p) {
+__global__ void __launch_bounds__(T::kThreads, kBlocksAtOnce) gemm_int4_kernel(Gemm p) {
   if constexpr (P::kExists) {
-    const Place<T> place(p.args);
-    Int4Loop<T, P> loop(p.args, place);
+    const Place<T> place(p);
+    Int4Loop<T, P> loop(p, place);
     run_pipeline(loop, loop.groups);
-    add_branch<T>(p.args, place, loop.sums);
+    add_branch<T>(p, place, loop.sums);
     store_sums<T>(p, place, loop.sums);
   }
 }
 
 template <class T, class P>
-const char* run_gemm_int4(const GemmParams& p, const Launch& launch) {
-  const int64_t blocks = ceil_div(p.args.m, T::kM) * ceil_div(p.args.n, T::kN);
+const char* run_gemm_int4(const Gemm& p, const Launch& launch) {
+  const int64_t blocks = ceil_div(p.m, T::kM) * ceil_div(p.n, T::kN);
   return run(gemm_int4_kernel<T, P>, {blocks, 1, T::kThreads, Int4Loop<T, P>::kSharedBytes}, launch, p);
 }
 
 template <class P>
-const char* choose_tile(const GemmParams& p, const Launch& launch) {
-  if (prefers_small_tile(p.args.m, p.args.n)) return run_gemm_int4<SmallTile, P>(p, launch);
+const char* choose_tile(const Gemm& p, const Launch& launch) {
+  if (prefers_small_tile(p.m, p.n)) return run_gemm_int4<SmallTile, P>(p, launch);
   return run_gemm_int4<LargeTile, P>(p, launch);
 }
 
 // Each in a file of its own, to be compiled side by side.
-const char* gemm_int4_by_int4(const GemmParams& p, const Launch& launch);
-const char* gemm_int4_by_int8(const GemmParams& p, const Launch& launch);
+const char* gemm_int4_by_int4(const Gemm& p, const Launch& launch);
+const char* gemm_int4_by_int8(const Gemm& p, const Launch& launch);
 
 }  // namespace svdquant::cuda

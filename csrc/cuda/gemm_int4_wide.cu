@@ -3,6 +3,6 @@
 
 namespace svdquant::cuda {
 
-const char* gemm_int4_by_int8(const GemmParams& p, const Launch& launch) { return choose_tile<Int8Product>(p, launch); }
+const char* gemm_int4_by_int8(const Gemm& p, const Launch& launch) { return choose_tile<Int8Product>(p, launch); }
 
 }  // namespace svdquant::cuda

@@ -130,30 +130,30 @@ struct NvFp4Loop {
 };
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 2) gemm_nvfp4_kernel(GemmParams p) {
-  const Place<T> place(p.args);
-  NvFp4Loop<T> loop(p.args, place);
-  run_pipeline(loop, ceil_div(p.args.k, kStep));
+__global__ void __launch_bounds__(T::kThreads, 2) gemm_nvfp4_kernel(Gemm p) {
+  const Place<T> place(p);
+  NvFp4Loop<T> loop(p, place);
+  run_pipeline(loop, ceil_div(p.k, kStep));
   loop.multiply_second_scale();
-  add_branch<T>(p.args, place, loop.sums);
+  add_branch<T>(p, place, loop.sums);
   store_sums<T>(p, place, loop.sums);
 }
 
 template <class T>
-const char* run_gemm_nvfp4(const GemmParams& p, const Launch& launch) {
-  const int64_t blocks = ceil_div(p.args.m, T::kM) * ceil_div(p.args.n, T::kN);
+const char* run_gemm_nvfp4(const Gemm& p, const Launch& launch) {
+  const int64_t blocks = ceil_div(p.m, T::kM) * ceil_div(p.n, T::kN);
   return run(gemm_nvfp4_kernel<T>, {blocks, 1, T::kThreads, NvFp4Loop<T>::kSharedBytes}, launch, p);
 }
 
 }  // namespace
 
-const char* gemm_nvfp4(const Gemm& args, const Output& out, const Launch& launch) {
+const char* gemm_nvfp4(const Gemm& args, const Launch& launch) {
   if (args.m == 0 || args.n == 0) return nullptr;
   if (!is_aligned(args.codes, 16)) return "codes must begin at a multiple of 16 bytes";
   if (!is_aligned(args.weight_codes, 8)) return "weight codes must begin at a multiple of 8 bytes";
-  if (out.dtype == DType::kE4M3) return "the output must be fp32, bf16 or fp16";
-  const GemmParams p = {args, out};
-  return prefers_small_tile(args.m, args.n) ? run_gemm_nvfp4<SmallTile>(p, launch) : run_gemm_nvfp4<LargeTile>(p, launch);
+  if (args.out.dtype == DType::kE4M3) return "the output must be fp32, bf16 or fp16";
+  if (prefers_small_tile(args.m, args.n)) return run_gemm_nvfp4<SmallTile>(args, launch);
+  return run_gemm_nvfp4<LargeTile>(args, launch);
 }
 
 }  // namespace svdquant::cuda

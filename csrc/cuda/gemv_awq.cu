@@ -1,6 +1,6 @@
 // W4A16 for few tokens: modulation layers, which read every weight for one token.
 //
-//   x [M, K], weight_codes [N, K/2], weight_scales [N, K/group], zeros [N, K/group], bias [N]  ->  out [M, N] fp32
+//   x [M, K], weight_codes [N, K/2], weight_scales [N, K/group], zeros [N, K/group], bias [N]  ->  out [M, N]
 //   out[m, n] = sum over groups of (scale * sum of code * x + zero * sum of x) + bias
 //   means: core/reference.py gemv_awq
 //
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) gemv_awq_kernel(Gemv p) {
       const int64_t row = row0 + r, token = token0 + m;
       if (lane != 0 || row >= p.n || token >= p.m) continue;
       if (p.bias.data) sum = add(sum, load_one(p.bias.data, p.bias.dtype, row));
-      st_global(p.out + token * p.n + row, sum);
+      store_output(p.out, token, row, sum);
     }
   }
 }
@@ -114,6 +114,7 @@ const char* run_gemv(const Gemv& p, const Launch& launch) {
 const char* gemv_awq(const Gemv& args, const Launch& launch) {
   if (args.m == 0 || args.n == 0) return nullptr;
   if (!is_aligned(args.weight_codes, 4)) return "weight codes must begin at a multiple of 4 bytes";
+  if (args.out.dtype == DType::kE4M3) return "the output must be fp32, bf16 or fp16";
   if (args.m == 1) return run_gemv<1>(args, launch);
   return args.m <= 4 ? run_gemv<4>(args, launch) : run_gemv<kTokens>(args, launch);
 }

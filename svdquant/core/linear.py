@@ -16,9 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .reference import rounded
 from .weights import LinearWeights
-
-FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,37 +77,52 @@ class Branch:
         return self.strength * (d if self.kron is None else torch.kron(self.kron.float(), d))
 
 
-def linear(x: Tensor, weights: LinearWeights, ops: ModuleType) -> Tensor:
+def linear(
+    x: Tensor, weights: LinearWeights, ops: ModuleType, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """One stored linear: quantize the activations, multiply, add branch and bias.
 
     x        [M, K]   fp32 | bf16 | fp16
-    returns  [M, N]   fp32
+    returns  [M, N]   `dtype`, rounded once
     """
     spec = weights.spec
     if spec.format == "awq":
-        return ops.gemv_awq(x, weights)
+        return ops.gemv_awq(x, weights, dtype=dtype)
     if spec.format == "int8":
-        return ops.gemm_int8(*ops.quantize_int8(x, weights.smooth, weights.down, spec.act_shift), weights)
+        quantized = ops.quantize_int8(x, weights.smooth, weights.down, spec.act_shift)
+        return ops.gemm_int8(*quantized, weights, dtype=dtype)
     if spec.format == "nvfp4":
-        return ops.gemm_nvfp4(*ops.quantize_nvfp4(x, weights.smooth, weights.down), weights)
+        quantized = ops.quantize_nvfp4(x, weights.smooth, weights.down)
+        return ops.gemm_nvfp4(*quantized, weights, dtype=dtype)
     if spec.act_shift:
         quantized = ops.quantize_int4_unsigned(x, weights.smooth, weights.down, spec.act_shift)
     else:
         quantized = ops.quantize_int4(x, weights.smooth, weights.down)
-    return ops.gemm_int4(*quantized, weights)
+    return ops.gemm_int4(*quantized, weights, dtype=dtype)
 
 
-def join(x: Tensor, parts: Sequence[Part], ops: ModuleType) -> Tensor:
+def join(x: Tensor, parts: Sequence[Part], ops: ModuleType, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """A layer made of parts: parts below each other are laid side by side, parts beside each other are summed.
 
     parts    either all below each other or all beside each other, in order and without gaps, as `assemble` makes them
     x        [M, K]   fp32 | bf16 | fp16
-    returns  [M, N]   fp32
+    returns  [M, N]   `dtype`, rounded once
     """
-    outputs = [linear(x[:, part.columns], part.weights, ops) for part in parts]
-    if len(outputs) == 1:
-        return outputs[0]
-    return torch.cat(outputs, dim=-1) if parts[-1].row else torch.stack(outputs).sum(0)
+    summed = parts[-1].column > 0
+    each = torch.float32 if summed else dtype
+    outputs = [linear(x[:, part.columns], part.weights, ops, dtype=each) for part in parts]
+    if summed:
+        return rounded(sum(outputs[1:], outputs[0]), dtype)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def with_bias(parts: Sequence[Part], bias: Tensor | None) -> Sequence[Part]:
+    """The parts with a layer's bias shared out among them, so that a kernel adds it: once, whatever their number."""
+    if bias is None:
+        return parts
+    biased = [part for part in parts if not part.column]  # one of those that are summed, or every row
+    given = [replace(part, weights=replace(part.weights, bias=bias[part.rows])) for part in biased]
+    return [*given, *parts[len(given) :]]
 
 
 def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
@@ -141,10 +155,9 @@ def forward(
     bias     [N]        any float or None      added once; the parts carry none of their own here
     returns  [..., N]   as x
     """
-    flat = x.reshape(-1, x.shape[-1])
-    y = add_branches(join(flat, parts, ops), flat, branches)
-    if bias is not None:
-        y = y + bias.float()
-    if x.dtype == torch.float16:  # the published kernels saturate too: infinity would blacken the whole image
-        y = y.clamp(-FP16_MAX, FP16_MAX)
-    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+    flat, parts = x.reshape(-1, x.shape[-1]), with_bias(parts, bias)
+    if branches:
+        y = rounded(add_branches(join(flat, parts, ops), flat, branches), x.dtype)
+    else:
+        y = join(flat, parts, ops, dtype=x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])

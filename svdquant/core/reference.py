@@ -4,7 +4,8 @@ Quantizers turn activations into codes and scales and compute the branch's hidde
 kernel reads x once. GEMMs take those and return the finished output. Everything accumulates in fp32.
 
 Group products are integers below 2^13 (int4) or multiples of 1/4 (e2m1): scaling both operands first and multiplying
-once is the same sum, exact in fp32 up to the rounding of the accumulation. An int8 row's sum is an exact integer.
+once is the same sum, exact in fp32 up to the rounding of the accumulation. An int8 row's sum is an exact integer. Only
+a finished output is rounded, to the dtype that was asked for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,15 @@ from .smooth import smooth_act
 from .weights import LinearWeights
 
 AWQ_ROWS = 256  # of a weight, dequantized and multiplied before the next ones are
+FP16_MAX = 65504.0
+
+
+def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """A finished fp32 output in the dtype wanted.
+
+    fp16 saturates, as in the published kernels: one infinity would blacken the whole image.
+    """
+    return (y.clamp(-FP16_MAX, FP16_MAX) if dtype == torch.float16 else y).to(dtype)
 
 
 def hidden(x: Tensor, down: Tensor) -> Tensor:
@@ -105,41 +115,62 @@ def quantize_int8(
     return codes.flatten(-2).to(torch.int8), alpha, hidden(x, down)
 
 
-def gemm_int4(codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
+def gemm_int4(
+    codes: Tensor,
+    scales: Tensor,
+    hidden: Tensor,
+    weights: LinearWeights,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """W4A4 GEMM with the branch and bias: signed or unsigned codes, int4 weights.
 
     codes    [M, K]      int8 | uint8
     scales   [M, K/64]   any float
     hidden   [M, R]      fp32
-    returns  [M, N]      fp32
+    returns  [M, N]      `dtype`
     """
     x = codes.float() * expand(scales.float(), INT4_GROUP)
-    return _with_branch(matmul(x, int4.dequantize_weight(weights.codes, weights.scales)), hidden, weights)
+    y = matmul(x, int4.dequantize_weight(weights.codes, weights.scales))
+    return _finished(y + matmul(hidden, weights.up.float()), weights, dtype)
 
 
-def gemm_nvfp4(codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
-    """NVFP4 GEMM with the branch and bias: codes [M, K] uint8, scales [M, K/16] e4m3 -> [M, N] fp32."""
+def gemm_nvfp4(
+    codes: Tensor,
+    scales: Tensor,
+    hidden: Tensor,
+    weights: LinearWeights,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """NVFP4 GEMM with the branch and bias: codes [M, K] uint8, scales [M, K/16] e4m3 -> [M, N] `dtype`."""
     x = fp4.decode(codes) * expand(scales.float(), NVFP4_GROUP)
-    w = fp4.dequantize_weight(weights.codes, weights.scales, weights.second_scale)
-    return _with_branch(matmul(x, w), hidden, weights)
+    y = matmul(x, fp4.dequantize_weight(weights.codes, weights.scales, weights.second_scale))
+    return _finished(y + matmul(hidden, weights.up.float()), weights, dtype)
 
 
-def gemm_int8(codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
-    """W8A8 GEMM with the branch and bias: codes [M, K] int8, scales [M, 1] fp32 -> [M, N] fp32."""
+def gemm_int8(
+    codes: Tensor,
+    scales: Tensor,
+    hidden: Tensor,
+    weights: LinearWeights,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """W8A8 GEMM with the branch and bias: codes [M, K] int8, scales [M, 1] fp32 -> [M, N] `dtype`."""
     y = int8.integer_matmul(codes, weights.codes).float() * weights.scales.T * scales
-    return _with_branch(y, hidden, weights)
+    return _finished(y + matmul(hidden, weights.up.float()), weights, dtype)
 
 
-def gemv_awq(x: Tensor, weights: LinearWeights) -> Tensor:
-    """W4A16 product with the bias: x [M, K] -> [M, N] fp32. As many rows of the weight at a time as a cache holds."""
+def gemv_awq(x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """W4A16 product with the bias: x [M, K] -> [M, N] `dtype`. As many weight rows at a time as a cache holds."""
     parts = zip(*(t.split(AWQ_ROWS) for t in (weights.codes, weights.scales, weights.zeros)), strict=True)
     y = torch.cat([matmul(x.float(), awq.dequantize_weight(*part)) for part in parts], dim=-1)
-    return y if weights.bias is None else y + weights.bias.float()
+    return _finished(y, weights, dtype)
 
 
-def _with_branch(y: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
-    y = y + matmul(hidden, weights.up.float())
-    return y if weights.bias is None else y + weights.bias.float()
+def _finished(y: Tensor, weights: LinearWeights, dtype: torch.dtype) -> Tensor:
+    return rounded(y if weights.bias is None else y + weights.bias.float(), dtype)
 
 
 def dequantize(weights: LinearWeights) -> Tensor:

@@ -44,20 +44,22 @@ def quantize_int8(x: Tensor, smooth: Tensor, down: Tensor, shift: float = 0.0) -
     return quantize_int4_unsigned(x, smooth, down, shift) if shift else _as_is(x, down)
 
 
-def _gemm(x: Tensor, scales: None, hidden: Tensor, weights: LinearWeights) -> Tensor:
-    """x @ (codes * scales / smooth).T + hidden @ up.T + bias: [M, K] -> [M, N] in x's dtype.
+def _gemm(
+    x: Tensor, scales: None, hidden: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """x @ (codes * scales / smooth).T + hidden @ up.T + bias, in x's dtype: [M, K] -> [M, N] `dtype`.
 
     `smooth` divides the weight here, since x was not divided by it.
     """
     bias = None if weights.bias is None else weights.bias.to(x.dtype)
     y = matmul(x, reference.residual(weights).to(x.dtype), bias)
-    return torch.addmm(y, hidden, weights.up.to(x.dtype).T)
+    return reference.rounded(torch.addmm(y, hidden, weights.up.to(x.dtype).T), dtype)
 
 
 gemm_int4 = gemm_nvfp4 = gemm_int8 = _gemm
 
 
-def gemv_awq(x: Tensor, weights: LinearWeights) -> Tensor:
-    """W4A16 product with the bias: [M, K] -> [M, N] in x's dtype."""
+def gemv_awq(x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """W4A16 product with the bias, in x's dtype: [M, K] -> [M, N] `dtype`."""
     bias = None if weights.bias is None else weights.bias.to(x.dtype)
-    return matmul(x, reference.dequantize(weights).to(x.dtype), bias)
+    return reference.rounded(matmul(x, reference.dequantize(weights).to(x.dtype), bias), dtype)

@@ -39,6 +39,7 @@ log = logging.getLogger("svdquant-nodes")
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 WINDOWS, LINUX = sys.platform == "win32", sys.platform.startswith("linux")
+NVCC, USUAL_CUDA_HOME = "nvcc.exe" if WINDOWS else "nvcc", "/usr/local/cuda"
 PREFIX = "build-"
 DAY_SECONDS = 24 * 3600
 BUILD_SECONDS = 900  # a build takes half a minute; a compiler that hangs must not hang the host
@@ -93,16 +94,16 @@ class Unavailable(Exception):
 class Target:
     """One library: csrc/ops.cpp with the kernels of one folder beside it.
 
-    name     "cpu" | "cuda-sm_90a"
+    name     "cpu" | "cuda-sm_90a" | "cuda-sm_86-sm_120a"
     folder   of its kernels, in csrc/
     flags    of the C++ compiler
-    arch     what torch calls TORCH_CUDA_ARCH_LIST, "" without CUDA
+    archs    of the GPUs it is for, as nvcc numbers them: "86", "90a"; none without CUDA
     """
 
     name: str
     folder: str
     flags: tuple[str, ...]
-    arch: str = ""
+    archs: tuple[str, ...] = ()
 
     @property
     def sources(self) -> list[Path]:
@@ -121,10 +122,14 @@ def cpu_target() -> Target:
     return Target("cpu", "cpu", _flags("CPU"))
 
 
-def cuda_target(major: int, minor: int) -> Target:
-    """The library for one GPU; from 9.0 on, with the instructions that only that architecture has."""
-    suffix = "a" if major >= 9 else ""
-    return Target(f"cuda-sm_{major}{minor}{suffix}", "cuda", _flags("CUDA"), f"{major}.{minor}{suffix}")
+def cuda_target(*capabilities: tuple[int, int]) -> Target:
+    """One library for all GPUs of the machine, since all register with torch's one name for them, CUDA.
+
+    From 9.0 on it has the instructions that only that architecture has.
+    """
+    archs = tuple(f"{a}{b}{'a' if a >= 9 else ''}" for a, b in sorted(set(capabilities)))
+    name = "-".join(["cuda", *(f"sm_{arch}" for arch in archs)])
+    return Target(name, "cuda", (*_flags("CUDA"), "/DSVDQUANT_GPU" if WINDOWS else "-DSVDQUANT_GPU"), archs)
 
 
 def _flags(device: str) -> tuple[str, ...]:
@@ -234,10 +239,12 @@ def _sweep(folder: Path) -> None:
 
 def _compile(target: Target, folder: Path, environment: dict[str, str]) -> Path:
     """Run torch's compiler driver in a Python of its own; returns the library inside `folder`."""
+    known = _known_archs(target, environment) if target.archs else []
     order = dict(
         name="svdquant",
         sources=[str(file) for file in target.sources],
         extra_cflags=target.flags,
+        extra_cuda_cflags=[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known],
         build_directory=str(folder),
         is_python_module=False,
         verbose=settings().verbose,
@@ -285,8 +292,7 @@ def _environment(target: Target) -> dict[str, str]:
     environment["PATH"] = os.pathsep.join(filter(None, [environment.get("PATH"), scripts]))
     environment.setdefault("MAX_JOBS", str(_jobs()))
     environment.setdefault("CXX", _compiler(environment["PATH"]))
-    if target.arch:
-        environment["TORCH_CUDA_ARCH_LIST"] = target.arch
+    if target.archs:
         environment["CUDA_HOME"] = str(_cuda_home_or_say())
     _check_tools(environment)
     return environment
@@ -323,20 +329,44 @@ def _jobs() -> int:
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit: CUDA_HOME, the folder of the nvcc on the PATH, or PyPI's CUDA packages."""
-    nvcc = "nvcc.exe" if WINDOWS else "nvcc"
-    on_path, site = shutil.which(nvcc), Path(sysconfig.get_path("purelib")) / "nvidia"
+    """The CUDA toolkit: CUDA_HOME, where the nvcc on the PATH is, the usual place, or PyPI's CUDA packages."""
+    on_path, site = shutil.which(NVCC), Path(sysconfig.get_path("purelib")) / "nvidia"
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     homes += [Path(on_path).resolve().parents[1]] if on_path else []
-    homes += [*sorted(site.glob("cu[0-9]*"), reverse=True), site / "cuda_nvcc"]
-    return next((Path(home) for home in homes if home and (Path(home) / "bin" / nvcc).is_file()), None)
+    homes += [USUAL_CUDA_HOME, *sorted(site.glob("cu[0-9]*"), reverse=True)]
+    return next((Path(home) for home in homes if home and _is_toolkit(Path(home))), None)
+
+
+def _is_toolkit(home: Path) -> bool:
+    """With headers beside the compiler: an nvcc on the PATH may be a script that calls another."""
+    return (home / "bin" / NVCC).is_file() and (home / "include" / "cuda_runtime.h").is_file()
 
 
 def _cuda_home_or_say() -> Path:
     home = cuda_home()
     if home is None:
         raise Unavailable(
-            "no nvcc in CUDA_HOME, on the PATH or among Python's packages",
-            f"Install the CUDA toolkit, or run {sys.executable} -m pip install nvidia-cuda-nvcc, then restart.",
+            "no CUDA toolkit in CUDA_HOME, around the nvcc on the PATH, in /usr/local/cuda or among Python's packages",
+            f"Install CUDA {torch.version.cuda} (nvcc and its headers), then restart.",
         )
     return home
+
+
+def _known_archs(target: Target, environment: dict[str, str]) -> list[str]:
+    """The architectures of a target that this nvcc can compile for; of several GPUs, an unknown one is left out."""
+    nvcc = Path(environment["CUDA_HOME"], "bin", NVCC)
+    try:
+        asked = subprocess.run(
+            [nvcc, "--list-gpu-code"], env=environment, capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(
+            f"{nvcc} does not run ({error})", "Install the CUDA toolkit anew, then restart."
+        ) from error
+    known = [arch for arch in target.archs if f"sm_{arch.rstrip('a')}" in asked.stdout.split()]
+    if not known:
+        raise Unavailable(
+            f"{nvcc} does not know {', '.join(f'sm_{arch}' for arch in target.archs)}",
+            "Install a CUDA toolkit as new as the GPU, then restart.",
+        )
+    return known

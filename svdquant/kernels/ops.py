@@ -21,14 +21,15 @@ from . import jit, select
 _QUANTIZED = "(Tensor codes, Tensor scales, Tensor hidden)"
 _ACTS = "Tensor x, Tensor smooth, Tensor down"
 _CODES = "Tensor codes, Tensor scales, Tensor hidden, Tensor weight_codes, Tensor weight_scales"
+_OUTPUT = "Tensor? bias, ScalarType dtype, str spelling) -> Tensor"
 SCHEMAS = (
     "spellings(Tensor device) -> str",
     f"quantize_int4({_ACTS}, str spelling) -> {_QUANTIZED}",
     f"quantize_int4_unsigned({_ACTS}, float shift, str spelling) -> {_QUANTIZED}",
     f"quantize_nvfp4({_ACTS}, str spelling) -> {_QUANTIZED}",
-    f"gemm_int4({_CODES}, Tensor up, Tensor? bias, str spelling) -> Tensor",
-    f"gemm_nvfp4({_CODES}, Tensor second_scale, Tensor up, Tensor? bias, str spelling) -> Tensor",
-    "gemv_awq(Tensor x, Tensor weight_codes, Tensor weight_scales, Tensor zeros, Tensor? bias, str spelling) -> Tensor",
+    f"gemm_int4({_CODES}, Tensor up, {_OUTPUT}",
+    f"gemm_nvfp4({_CODES}, Tensor second_scale, Tensor up, {_OUTPUT}",
+    f"gemv_awq(Tensor x, Tensor weight_codes, Tensor weight_scales, Tensor zeros, {_OUTPUT}",
 )
 library = torch.library.Library("svdquant", "FRAGMENT")
 
@@ -46,7 +47,12 @@ def _fake_quantize(x: Tensor, down: Tensor, group: int, codes: torch.dtype, scal
 
 
 def _fake_gemm(codes, scales, hidden, weight_codes, *rest):
-    return hidden.new_empty(codes.shape[0], weight_codes.shape[0])
+    *_, dtype, _spelling = rest
+    return hidden.new_empty(codes.shape[0], weight_codes.shape[0], dtype=dtype)
+
+
+def _fake_gemv(x, weight_codes, weight_scales, zeros, bias, dtype, spelling):
+    return x.new_empty(x.shape[0], weight_codes.shape[0], dtype=dtype)
 
 
 _FAKES = {
@@ -59,7 +65,7 @@ _FAKES = {
     ),
     "gemm_int4": _fake_gemm,
     "gemm_nvfp4": _fake_gemm,
-    "gemv_awq": lambda x, codes, *rest: x.new_empty(x.shape[0], codes.shape[0], dtype=torch.float32),
+    "gemv_awq": _fake_gemv,
 }
 
 
@@ -84,12 +90,27 @@ def declare() -> None:
 def device(kind: str, index: int | None = None) -> select.Device:
     """What a device can do; builds or loads its library on the first call."""
     declare()
-    if kind == "cpu":
-        missing = jit.load(jit.cpu_target())
-        names = "" if missing else torch.ops.svdquant.spellings(torch.empty(0))
-        return select.Device("cpu", features=frozenset(names.split()), missing=missing or "")
-    capability = torch.cuda.get_device_capability(index) if kind == "cuda" else (0, 0)
-    return select.Device(kind, capability=capability)
+    if kind == "cuda":
+        return _gpu(index)
+    if kind != "cpu":
+        return select.Device(kind)
+    missing = jit.load(jit.cpu_target())
+    names = "" if missing else torch.ops.svdquant.spellings(torch.empty(0))
+    return select.Device("cpu", features=frozenset(names.split()), missing=missing or "")
+
+
+def _gpu(index: int | None) -> select.Device:
+    """A GPU, whose library is for all GPUs of the machine that our kernels fit."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return select.Device("cuda", missing="torch finds no NVIDIA GPU")
+    every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    here = every[torch.cuda.current_device() if index is None else index]
+    found = select.Device("cuda", capability=(here.major, here.minor))
+    missing = select.unfit(found.capability, here.name)
+    if not missing:
+        fit = [(p.major, p.minor) for p in every if not select.unfit((p.major, p.minor), p.name)]
+        missing = jit.load(jit.cuda_target(*fit)) or ""
+    return replace(found, missing=missing)
 
 
 @cache
@@ -131,11 +152,13 @@ class OpSet:
         """The spelling to call with."""
         return _spelling(op, self.wanted, dtype, x.device.type, x.device.index, tokens)
 
-    def _choose_gemm(self, op: str, codes: Tensor, scales: Tensor | None, weights: LinearWeights) -> str:
+    def _choose_gemm(
+        self, op: str, codes: Tensor, scales: Tensor | None, weights: LinearWeights, output: torch.dtype
+    ) -> str:
         """The spelling that can multiply what its quantizer made; no scales means unquantized activations."""
         if scales is None:
             return select.WEIGHT_ONLY
-        dtype = torch.float32 if op == "gemm_nvfp4" else scales.dtype
+        dtype = output if op == "gemm_nvfp4" or output == torch.float64 else scales.dtype
         usual = weights.spec.group == select.GROUPS[op]
         spelling = self._choose(op, codes, dtype) if usual else select.REFERENCE
         return select.REFERENCE if spelling == select.WEIGHT_ONLY else spelling
@@ -170,35 +193,61 @@ class OpSet:
         spelling = self._choose("quantize_int8", x, x.dtype)
         return PLAIN[spelling].quantize_int8(x, smooth, down, shift)
 
-    def gemm_int4(self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
+    def gemm_int4(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         """W4A4 GEMM with branch and bias; see core.reference.gemm_int4."""
-        w, spelling = weights, self._choose_gemm("gemm_int4", codes, scales, weights)
+        w, spelling = weights, self._choose_gemm("gemm_int4", codes, scales, weights, dtype)
         if spelling in PLAIN:
-            return PLAIN[spelling].gemm_int4(codes, scales, hidden, w)
-        return torch.ops.svdquant.gemm_int4(codes, scales, hidden, w.codes, w.scales, w.up, w.bias, spelling)
-
-    def gemm_nvfp4(self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
-        """NVFP4 GEMM with branch and bias; see core.reference.gemm_nvfp4."""
-        w, spelling = weights, self._choose_gemm("gemm_nvfp4", codes, scales, weights)
-        if spelling in PLAIN:
-            return PLAIN[spelling].gemm_nvfp4(codes, scales, hidden, w)
-        return torch.ops.svdquant.gemm_nvfp4(
-            codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias, spelling
+            return PLAIN[spelling].gemm_int4(codes, scales, hidden, w, dtype=dtype)
+        return torch.ops.svdquant.gemm_int4(
+            codes, scales, hidden, w.codes, w.scales, w.up, w.bias, dtype, spelling
         )
 
-    def gemm_int8(self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
-        """W8A8 GEMM with branch and bias; see core.reference.gemm_int8."""
-        spelling = self._choose_gemm("gemm_int8", codes, scales, weights)
-        return PLAIN[spelling].gemm_int8(codes, scales, hidden, weights)
+    def gemm_nvfp4(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """NVFP4 GEMM with branch and bias; see core.reference.gemm_nvfp4."""
+        w, spelling = weights, self._choose_gemm("gemm_nvfp4", codes, scales, weights, dtype)
+        if spelling in PLAIN:
+            return PLAIN[spelling].gemm_nvfp4(codes, scales, hidden, w, dtype=dtype)
+        return torch.ops.svdquant.gemm_nvfp4(
+            codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias, dtype, spelling
+        )
 
-    def gemv_awq(self, x: Tensor, weights: LinearWeights) -> Tensor:
+    def gemm_int8(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """W8A8 GEMM with branch and bias; see core.reference.gemm_int8."""
+        spelling = self._choose_gemm("gemm_int8", codes, scales, weights, dtype)
+        return PLAIN[spelling].gemm_int8(codes, scales, hidden, weights, dtype=dtype)
+
+    def gemv_awq(self, x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """W4A16 product with the bias; see core.reference.gemv_awq."""
         w, spelling = weights, self._choose("gemv_awq", x, x.dtype, select.about(x.shape[0]))
         if w.spec.group % select.GROUPS["gemv_awq"] and spelling not in PLAIN:
             spelling = select.REFERENCE
         if spelling in PLAIN:
-            return PLAIN[spelling].gemv_awq(x, w)
-        return torch.ops.svdquant.gemv_awq(x, w.codes, w.scales, w.zeros, w.bias, spelling)
+            return PLAIN[spelling].gemv_awq(x, w, dtype=dtype)
+        return torch.ops.svdquant.gemv_awq(x, w.codes, w.scales, w.zeros, w.bias, dtype, spelling)
 
 
 _default = OpSet()

@@ -7,6 +7,7 @@ same to the bit; any other device runs core.weight_only, which is faster there a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,8 +21,9 @@ OPS = (*FILE_OPS, *INT8_OPS)
 # Columns a scale; gemv_awq takes multiples, int8 has one for the whole row.
 GROUPS = {op: 16 if op.endswith("nvfp4") else 64 for op in FILE_OPS} | dict.fromkeys(INT8_OPS)
 INT4_OPS = ("quantize_int4", "quantize_int4_unsigned", "gemm_int4")
+NVFP4_OPS = ("quantize_nvfp4", "gemm_nvfp4")
+OLDEST_GPU, NEWEST_GPU = (7, 5), (12, 9)
 
-FEW_TOKENS = 8  # what a GEMV kernel takes
 MOST_AWQ_TOKENS = 24  # beyond, dequantizing the weight once beats reading it for every four of them
 
 
@@ -32,7 +34,7 @@ class Device:
     type         "cpu" | "cuda" | any other of torch's names
     features     cpu: names of the spellings its library can run here
     capability   cuda: compute capability
-    missing      why its library is not there, "" if it is
+    missing      why none of its kernels may run, "" if they may
     """
 
     type: str
@@ -75,7 +77,6 @@ class Spelling:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     built: bool = True
     on_request: str = ""
-    most_tokens: int | None = None
 
 
 def _feature(name: str) -> Callable[[Device], str]:
@@ -96,8 +97,18 @@ def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-HALVES = ("bfloat16", "float16")
-NEWEST = (12, 9)
+_TURING_WITHOUT_TENSOR_CORES = r"GTX 16\d\d|MX[45]50|\bT(400|500|550|600|1000|1200|2000)\b"
+
+
+def unfit(capability: tuple[int, int], name: str) -> str:
+    """Why no kernel of ours is for a GPU, "" if some are: capability as torch says it, the name as its driver does."""
+    if capability < OLDEST_GPU:
+        return f"compute capability {_dotted(capability)} is below {_dotted(OLDEST_GPU)}"
+    if capability == (7, 5) and re.search(_TURING_WITHOUT_TENSOR_CORES, name):
+        return f"{name} has no tensor cores"
+    return ""
+
+
 SPELLINGS = (
     Spelling("avx512", "cpu", FILE_OPS, _feature("avx512")),
     Spelling("avx2", "cpu", FILE_OPS, _feature("avx2")),
@@ -105,25 +116,14 @@ SPELLINGS = (
     Spelling(
         "portable", "cpu", FILE_OPS, _feature("portable"), on_request="slower than torch for a whole picture"
     ),
-    Spelling("wgmma_sm90", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma"), HALVES, built=False),
-    Spelling(
-        "mxf4_sm120", "cuda", OPS[2:5:2], _capability((12, 0), NEWEST, "mxf4nvf4 mma"), HALVES, built=False
-    ),
-    Spelling("mma_w8a8", "cuda", INT8_OPS, _capability((7, 5), NEWEST, "mma.s8"), HALVES, built=False),
-    Spelling("mma_s4", "cuda", INT4_OPS, _capability((8, 0), (8, 9), "mma.s4"), HALVES, built=False),
-    Spelling("mma_s8", "cuda", INT4_OPS, _capability((9, 0), NEWEST, "mma.s8 unpacked"), HALVES, built=False),
-    Spelling(
-        "mma_sm75", "cuda", INT4_OPS, _capability((7, 5), (7, 5), "mma.m8n8k32"), HALVES[1:], built=False
-    ),
-    Spelling(
-        "gemv",
-        "cuda",
-        ("gemv_awq",),
-        _capability((7, 5), NEWEST, "gemv"),
-        HALVES,
-        built=False,
-        most_tokens=FEW_TOKENS,
-    ),
+    Spelling("wgmma_sm90", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma"), built=False),
+    Spelling("mxf4_sm120", "cuda", NVFP4_OPS, _capability((12, 0), NEWEST_GPU, "mxf4nvf4 mma"), built=False),
+    Spelling("mma_w8a8", "cuda", INT8_OPS, _capability(OLDEST_GPU, NEWEST_GPU, "mma.s8"), built=False),
+    Spelling("mma_s4", "cuda", INT4_OPS, _capability((8, 0), (8, 9), "mma.s4")),
+    Spelling("mma_sm75", "cuda", INT4_OPS, _capability((7, 5), (7, 5), "mma.m8n8k32")),
+    Spelling("mma_s8", "cuda", INT4_OPS, _capability(OLDEST_GPU, NEWEST_GPU, "mma.s8")),
+    Spelling("mma_f16", "cuda", NVFP4_OPS, _capability(OLDEST_GPU, NEWEST_GPU, "mma.f16")),
+    Spelling("gemv", "cuda", ("gemv_awq",), _capability(OLDEST_GPU, NEWEST_GPU, "gemv")),
 )
 
 
@@ -158,11 +158,8 @@ def choose(device: Device, request: Request) -> Choice:
 
 
 def about(tokens: int) -> int:
-    """The number of tokens as far as a choice depends on it: the next limit of the table, or one above the last."""
-    for most in (FEW_TOKENS, MOST_AWQ_TOKENS):  # comparisons, which torch.compile turns into constants
-        if tokens <= most:
-            return most
-    return MOST_AWQ_TOKENS + 1
+    """The number of tokens as far as a choice depends on it: a comparison, of which torch.compile makes a constant."""
+    return MOST_AWQ_TOKENS if tokens <= MOST_AWQ_TOKENS else MOST_AWQ_TOKENS + 1
 
 
 def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
@@ -170,9 +167,8 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
     usual = GROUPS[request.op]
     group = request.group or usual
     wrong_group = group % usual if request.op == "gemv_awq" else group != usual
-    sensible = MOST_AWQ_TOKENS if request.op == "gemv_awq" and request.wanted != row.name else None
-    most = row.most_tokens or sensible
-    too_many = most is not None and (request.tokens or 0) > most
+    limited = request.op == "gemv_awq" and request.wanted != row.name
+    too_many = limited and (request.tokens or 0) > MOST_AWQ_TOKENS
     checks = (
         (not row.built, UNBUILT),
         (bool(row.on_request) and request.wanted != row.name, row.on_request),
@@ -181,7 +177,7 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
         (bool(device.missing), device.missing),
         (request.dtype not in row.dtypes, f"activations are {request.dtype}"),
         (wrong_group, f"weight groups of {group} instead of {usual}"),
-        (too_many, f"more than {most} tokens"),
+        (too_many, f"more than {MOST_AWQ_TOKENS} tokens"),
     )
     found = [text for wrong, text in checks if wrong]
     lack = "" if device.missing else row.needs(device)

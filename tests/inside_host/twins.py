@@ -32,10 +32,10 @@ def _exact(x: Tensor, smooth: Tensor, down: Tensor, shift: float = 0.0):
     return (x.float() + shift) / smooth.float(), None, reference.hidden(x, down)
 
 
-def _multiply(values: Tensor, scales: None, hidden: Tensor, weights) -> Tensor:
+def _multiply(values: Tensor, scales: None, hidden: Tensor, weights, *, dtype=torch.float32) -> Tensor:
     residual = reference.residual(weights) * weights.smooth.float()
     y = values @ residual.T + hidden @ weights.up.float().T
-    return y if weights.bias is None else y + weights.bias.float()
+    return reference.rounded(y if weights.bias is None else y + weights.bias.float(), dtype)
 
 
 EXACT_ACTIVATIONS = SimpleNamespace(

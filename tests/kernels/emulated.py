@@ -54,6 +54,7 @@ def _struct(name: str, **fields: type) -> type[ctypes.Structure]:
 
 
 _SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
+Output = _struct("Output", data=_POINTER, dtype=ctypes.c_int32, stride=_SIZE)
 Quantize = _struct(
     "Quantize",
     kind=ctypes.c_int32,
@@ -71,7 +72,7 @@ Gemm = _struct(
     hidden=_POINTER,
     weight_codes=_POINTER,
     **dict.fromkeys(("weight_scales", "second_scale", "up", "bias"), Floats),
-    out=_POINTER,
+    out=Output,
 )
 Gemv = _struct(
     "Gemv",
@@ -79,10 +80,9 @@ Gemv = _struct(
     x=Floats,
     weight_codes=_POINTER,
     **dict.fromkeys(("weight_scales", "zeros", "bias"), Floats),
-    out=_POINTER,
+    out=Output,
 )
-Output = _struct("Output", data=_POINTER, dtype=ctypes.c_int32, stride=_SIZE)
-STRUCTS = (Floats, Quantize, Gemm, Gemv, Output)
+STRUCTS = (Floats, Quantize, Gemm, Gemv)
 
 
 @functools.cache
@@ -161,18 +161,17 @@ class Kernels:
             second.stride = 0
         factors = (_floats(w.scales), second, _floats(w.up), _floats(w.bias))
         pointers = _data(codes), _floats(scales), _data(hidden), _data(w.codes)
-        args = Gemm(KINDS[kind], m, n, k, w.rank, *pointers, *factors, _data(out))
+        args = Gemm(KINDS[kind], m, n, k, w.rank, *pointers, *factors, _output(out))
         read = (codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias)
-        output = Output(_data(out), DTYPES[dtype], n)
-        self._call(f"gemm_by_{product}", args, output, read=read, written=(out,))
+        self._call(f"gemm_by_{product}", args, read=read, written=(out,))
         return out
 
-    def gemv(self, x: Tensor, weights: LinearWeights) -> Tensor:
+    def gemv(self, x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """As core.reference.gemv_awq."""
         (m, k), n, w = x.shape, weights.out_features, weights
-        out = _poisoned(m, n, dtype=torch.float32)
+        out = _poisoned(m, n, dtype=dtype)
         factors = (_floats(w.scales), _floats(w.zeros), _floats(w.bias))
-        args = Gemv(m, n, k, w.spec.group, _floats(x), _data(w.codes), *factors, _data(out))
+        args = Gemv(m, n, k, w.spec.group, _floats(x), _data(w.codes), *factors, _output(out))
         self._call("gemv", args, read=(x, w.codes, w.scales, w.zeros, w.bias), written=(out,))
         return out
 
@@ -206,6 +205,10 @@ def _extent(t: Tensor) -> int:
     ) * t.element_size()
 
 
+def _output(t: Tensor) -> Output:
+    return Output(_data(t), DTYPES[t.dtype], t.stride(0))
+
+
 def _floats(t: Tensor | None) -> Floats:
     if t is None:
         return Floats(None, 0, 0)
@@ -234,15 +237,31 @@ class EmulatedOps:
     def quantize_nvfp4(self, x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._kernels().quantize("nvfp4", x, smooth, down)
 
-    def gemm_int4(self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
+    def gemm_int4(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         kind = "int4-unsigned" if codes.dtype == torch.uint8 else "int4"
-        return self._kernels().gemm("", kind, codes, scales, hidden, weights)
+        return self._kernels().gemm("", kind, codes, scales, hidden, weights, dtype=dtype)
 
-    def gemm_nvfp4(self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights) -> Tensor:
-        return self._kernels().gemm("", "nvfp4", codes, scales, hidden, weights)
+    def gemm_nvfp4(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        return self._kernels().gemm("", "nvfp4", codes, scales, hidden, weights, dtype=dtype)
 
-    def gemv_awq(self, x: Tensor, weights: LinearWeights) -> Tensor:
-        return self._kernels().gemv(x, weights)
+    def gemv_awq(self, x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._kernels().gemv(x, weights, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -253,4 +272,4 @@ class Entered(Kernels):
 
     def _call(self, name: str, *args: object, **tensors: tuple[Tensor | None, ...]) -> None:
         entry = f"enter_{name.partition('_')[0]}"
-        super()._call(entry, self.spelling.encode(), args[0], **tensors)
+        super()._call(entry, self.spelling.encode(), *args, **tensors)

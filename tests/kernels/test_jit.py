@@ -255,7 +255,7 @@ def test_key_follows_every_file(here, file):
 def test_key_follows_names_flags_torch_and_architecture(here, monkeypatch):
     target = jit.cpu_target()
     keys = {jit.key(target), jit.key(jit.Target("cpu", "cpu", (*target.flags, "-g")))}
-    keys |= {jit.key(jit.cuda_target(8, 0)), jit.key(jit.cuda_target(8, 9))}
+    keys |= {jit.key(jit.cuda_target((8, 0))), jit.key(jit.cuda_target((8, 9)))}
     (here / "cpu" / "kernel.h").rename(here / "cpu" / "other.h")
     keys.add(jit.key(target))
     monkeypatch.setattr(torch, "__version__", "0.0")
@@ -272,18 +272,28 @@ def test_key_leaves_out_what_is_not_compiled(here, file):
 
 def test_targets():
     assert {"ops.cpp", "gemm.cpp", "avx2.cpp"} <= {file.name for file in jit.cpu_target().sources}
-    hopper, ada = jit.cuda_target(9, 0), jit.cuda_target(8, 9)
-    assert (hopper.name, hopper.arch) == ("cuda-sm_90a", "9.0a")
-    assert (ada.name, ada.arch) == ("cuda-sm_89", "8.9")
+    hopper, ada = jit.cuda_target((9, 0)), jit.cuda_target((8, 9))
+    assert (hopper.name, hopper.archs) == ("cuda-sm_90a", ("90a",))
+    assert (ada.name, ada.archs) == ("cuda-sm_89", ("89",))
+    assert "-DSVDQUANT_GPU" in ada.flags and "-DSVDQUANT_GPU" not in jit.cpu_target().flags
+
+
+def test_one_library_for_all_gpus_of_a_machine():
+    several = jit.cuda_target((12, 0), (8, 6), (12, 0), (7, 5))
+    assert (several.name, several.archs) == ("cuda-sm_75-sm_86-sm_120a", ("75", "86", "120a"))
+    assert several == jit.cuda_target((7, 5), (8, 6), (12, 0))
 
 
 # ---- finding the CUDA toolkit ----
 
 
 def toolkit(folder):
+    """A folder that looks like one; its nvcc compiles for sm_75 and sm_90."""
     (folder / "bin").mkdir(parents=True)
-    (folder / "bin" / "nvcc").write_text("#!/bin/sh\n")
+    (folder / "bin" / "nvcc").write_text("#!/bin/sh\nprintf 'sm_75\\nsm_90\\n'\n")
     (folder / "bin" / "nvcc").chmod(0o755)
+    (folder / "include").mkdir()
+    (folder / "include" / "cuda_runtime.h").touch()
     return folder
 
 
@@ -292,9 +302,12 @@ def test_cuda_home_is_looked_for_in_order(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(jit.sysconfig, "get_path", lambda name: str(tmp_path / "site"))
+    monkeypatch.setattr(jit, "USUAL_CUDA_HOME", str(tmp_path / "usual"))
     assert jit.cuda_home() is None
     package = toolkit(tmp_path / "site" / "nvidia" / "cu13")
     assert jit.cuda_home() == package
+    usual = toolkit(tmp_path / "usual")
+    assert jit.cuda_home() == usual
     on_path = toolkit(tmp_path / "usr")
     monkeypatch.setenv("PATH", str(on_path / "bin"))
     assert jit.cuda_home() == on_path
@@ -302,3 +315,28 @@ def test_cuda_home_is_looked_for_in_order(tmp_path, monkeypatch):
     assert jit.cuda_home() == on_path
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "named")))
     assert jit.cuda_home() == tmp_path / "named"
+
+
+def test_a_script_that_calls_another_nvcc_is_no_toolkit(tmp_path, monkeypatch):
+    script = toolkit(tmp_path / "usr")
+    (script / "include" / "cuda_runtime.h").unlink()
+    monkeypatch.setenv("PATH", str(script / "bin"))
+    monkeypatch.setattr(jit, "USUAL_CUDA_HOME", str(toolkit(tmp_path / "usual")))
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert jit.cuda_home() == tmp_path / "usual"
+
+
+def test_a_gpu_newer_than_the_toolkit(tmp_path):
+    """Alone it is refused in words; beside others it is left out, and they get their library."""
+    environment = {"CUDA_HOME": str(toolkit(tmp_path / "cuda"))}
+    with pytest.raises(jit.Unavailable, match="nvcc does not know sm_120a") as caught:
+        jit._known_archs(jit.cuda_target((12, 0)), environment)
+    assert "as new as the GPU" in caught.value.remedy
+    assert jit._known_archs(jit.cuda_target((12, 0), (9, 0), (7, 5)), environment) == ["75", "90a"]
+
+
+def test_no_toolkit_is_said(monkeypatch):
+    monkeypatch.setattr(jit, "cuda_home", lambda: None)
+    with pytest.raises(jit.Unavailable, match="no CUDA toolkit in CUDA_HOME"):
+        jit._environment(jit.cuda_target((8, 9)))

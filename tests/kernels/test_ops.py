@@ -18,7 +18,7 @@ from svdquant_nodes.tests.tolerances import assert_close
 from svdquant_nodes.tools.pack import ROOT
 
 pytestmark = pytest.mark.usefixtures("kernels")
-ALL = slice(None)
+ALL, F32 = slice(None), torch.float32
 
 
 def inputs(name, m=5, n=40, k=128, r=8):
@@ -30,8 +30,8 @@ def calls(name):
     x, w = inputs(name)
     space = torch.ops.svdquant
     if name == "awq":
-        yield space.gemv_awq, (x, w.codes, w.scales, w.zeros, w.bias, "portable")
-        yield space.gemv_awq, (x, w.codes, w.scales, w.zeros, None, "portable")
+        yield space.gemv_awq, (x, w.codes, w.scales, w.zeros, w.bias, F32, "portable")
+        yield space.gemv_awq, (x, w.codes, w.scales, w.zeros, None, torch.bfloat16, "portable")
         return
     shift = (w.spec.act_shift,) if w.spec.act_shift else ()
     quantize = getattr(space, f"quantize_{name.replace('-', '_')}")
@@ -40,10 +40,10 @@ def calls(name):
     if name == "nvfp4":
         yield (
             space.gemm_nvfp4,
-            (*quantize(*arguments), w.codes, w.scales, w.second_scale, w.up, w.bias, "portable"),
+            (*quantize(*arguments), w.codes, w.scales, w.second_scale, w.up, w.bias, F32, "portable"),
         )
     else:
-        yield space.gemm_int4, (*quantize(*arguments), w.codes, w.scales, w.up, w.bias, "portable")
+        yield space.gemm_int4, (*quantize(*arguments), w.codes, w.scales, w.up, w.bias, F32, "portable")
 
 
 @pytest.mark.parametrize("name", select.OPS)
@@ -191,6 +191,8 @@ BAD = {  # format, which op of `calls`, argument, value, message
     "second-scale-of-other-n": ("nvfp4", 1, 5, torch.ones(39), "second_scale: expected 1 or 40"),
     "up-of-other-n": ("nvfp4", 1, 6, torch.ones(39, 8), r"up: expected shape \[40, 8\]"),
     "bias-of-other-n": ("int4", 1, 6, torch.ones(39), r"bias: expected shape \[40\]"),
+    "output-of-eight-bits": ("int4", 1, 7, torch.float8_e4m3fn, "dtype: expected an output of fp32, bf16 or"),
+    "awq-output-of-integers": ("awq", 0, 5, torch.int32, "dtype: expected an output of fp32, bf16 or fp16"),
     "awq-x-of-other-k": ("awq", 0, 0, torch.zeros(5, 64), r"x: expected shape \[5, 128\]"),
     "awq-uneven-groups": ("awq", 0, 2, torch.ones(40, 3), "weight_scales: expected one for every 64"),
     "awq-zeros-of-other-n": ("awq", 0, 3, torch.ones(39, 2), r"zeros: expected shape \[40, 2\]"),

@@ -10,7 +10,10 @@ X86 = Device("cpu", features=frozenset({"avx512", "avx2", "portable"}))
 OLD_X86 = Device("cpu", features=frozenset({"portable"}))
 ARM = Device("cpu", features=frozenset({"neon", "portable"}))
 NO_COMPILER = Device("cpu", missing="no C++ compiler named g++ was found")
-H100 = Device("cuda", capability=(9, 0))
+TURING, AMPERE, ADA, H100, BLACKWELL = (
+    Device("cuda", capability=capability) for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0))
+)
+BROKEN = Device("cuda", capability=(8, 9), missing="the self-test failed")
 INT4 = Request("gemm_int4", "bfloat16")
 
 CHOICES = {  # device, request, spelling
@@ -32,6 +35,17 @@ CHOICES = {  # device, request, spelling
     "nvfp4-of-group-16": (X86, Request("gemm_nvfp4", "bfloat16", 16), "avx512"),
     "nvfp4-of-group-64": (X86, Request("gemm_nvfp4", "bfloat16", 64), "reference"),
     "no-library": (NO_COMPILER, INT4, "reference"),
+    "turing": (TURING, INT4, "mma_sm75"),
+    "ampere": (AMPERE, INT4, "mma_s4"),
+    "ada": (ADA, INT4, "mma_s4"),
+    "ada-by-eight-bits": (ADA, Request("gemm_int4", "bfloat16", wanted="mma_s8"), "mma_s8"),
+    "hopper": (H100, INT4, "mma_s8"),
+    "blackwell": (BLACKWELL, INT4, "mma_s8"),
+    "nvfp4-on-turing": (TURING, Request("quantize_nvfp4", "float16"), "mma_f16"),
+    "nvfp4-on-blackwell": (BLACKWELL, Request("gemm_nvfp4", "bfloat16"), "mma_f16"),
+    "awq-on-a-gpu": (ADA, Request("gemv_awq", "bfloat16"), "gemv"),
+    "fp32-on-a-gpu": (ADA, Request("quantize_int4", "float32"), "mma_s4"),
+    "gpu-that-may-not": (BROKEN, INT4, "weight_only"),
     "device-without-kernels": (Device("mps"), INT4, "weight_only"),
     "device-without-kernels-exact": (
         Device("mps"),
@@ -68,14 +82,30 @@ REASONS = {  # device, request, spelling, reason
     "capability": (H100, INT4, "mma_s4", "mma.s4 needs compute capability 8.0 to 8.9, this is 9.0"),
     "one-capability": (H100, INT4, "mma_sm75", "mma.m8n8k32 needs compute capability 7.5, this is 9.0"),
     "on-request": (OLD_X86, INT4, "portable", "slower than torch for a whole picture"),
-    "tokens": (H100, Request("gemv_awq", "bfloat16", tokens=9), "gemv", "more than 8 tokens"),
     "prompt": (X86, Request("gemv_awq", "float32", tokens=25), "avx2", "more than 24 tokens"),
+    "prompt-on-a-gpu": (ADA, Request("gemv_awq", "bfloat16", tokens=25), "gemv", "more than 24 tokens"),
 }
 
 
 @pytest.mark.parametrize(("device", "request_", "spelling", "reason"), REASONS.values(), ids=REASONS)
 def test_reason(device, request_, spelling, reason):
     assert reason in choose(device, request_).against[spelling]
+
+
+UNFIT = {  # capability, name, reason
+    "pascal": ((6, 1), "NVIDIA GeForce GTX 1080", "compute capability 6.1 is below 7.5"),
+    "gtx-16": ((7, 5), "NVIDIA GeForce GTX 1660 SUPER", "NVIDIA GeForce GTX 1660 SUPER has no tensor cores"),
+    "mobile": ((7, 5), "NVIDIA GeForce MX450", "NVIDIA GeForce MX450 has no tensor cores"),
+    "workstation": ((7, 5), "NVIDIA T1000 8GB", "NVIDIA T1000 8GB has no tensor cores"),
+    "rtx-20": ((7, 5), "NVIDIA GeForce RTX 2060", ""),
+    "tesla": ((7, 5), "Tesla T4", ""),
+    "ada": ((8, 9), "NVIDIA RTX 2000 Ada Generation", ""),
+}
+
+
+@pytest.mark.parametrize(("capability", "name", "reason"), UNFIT.values(), ids=UNFIT)
+def test_gpus_that_none_of_it_is_for(capability, name, reason):
+    assert select.unfit(capability, name) == reason
 
 
 def test_nothing_against_what_is_chosen():

@@ -50,9 +50,9 @@ def quantize(ops, x, w):
     return ops.quantize_int4(x, w.smooth, w.down)
 
 
-def gemm(ops, codes, scales, hidden, w):
+def gemm(ops, codes, scales, hidden, w, dtype=torch.float32):
     op = ops.gemm_nvfp4 if w.spec.format == "nvfp4" else ops.gemm_int4
-    return op(codes, scales, hidden, w)
+    return op(codes, scales, hidden, w, dtype=dtype)
 
 
 def same_bits(got, want):
@@ -75,7 +75,7 @@ def judge_gemm(spelled, x, w):
     quantized = [spelled.here(t) for t in quantize(reference, x, w)]
     y = gemm(spelled.ops, *quantized, spelled.weights(w))
     assert y.dtype == torch.float32 and y.is_contiguous()
-    assert_close(y, layers.forward(x, w), "fp32_sum")
+    assert_close(y, layers.forward(x, w), spelled.tolerance)
 
 
 CASES = [(name, shape) for name in W4A4 for shape in SHAPES] + [("nvfp4", shape) for shape in NVFP4_SHAPES]
@@ -185,7 +185,7 @@ def test_extreme_codes_do_not_overflow(spelled, name):
     hidden = torch.zeros(2, 16)
     y = gemm(spelled.ops, *map(spelled.here, (codes, scales, hidden)), spelled.weights(w))
     acts = oracle.act_values(codes.long().numpy(), oracle.values(scales), e2m1=name == "nvfp4")
-    assert_close(y, acts @ layers.main_weight(w).T + oracle.values(w.bias), "fp32_sum")
+    assert_close(y, acts @ layers.main_weight(w).T + oracle.values(w.bias), spelled.tolerance)
 
 
 @pytest.mark.parametrize("name", W4A4)
@@ -200,7 +200,7 @@ def test_every_pair_of_codes(spelled, name):
     hidden = torch.zeros(64, 0)
     y = gemm(spelled.ops, *map(spelled.here, (codes, scales, hidden)), spelled.weights(w))
     acts = oracle.act_values(codes.long().numpy(), oracle.values(scales), e2m1=name == "nvfp4")
-    assert_close(y, acts @ layers.main_weight(w).T + oracle.values(w.bias), "fp32_sum")
+    assert_close(y, acts @ layers.main_weight(w).T + oracle.values(w.bias), spelled.tolerance)
 
 
 def test_second_scale_of_the_tensor_or_of_each_row(spelled):
@@ -223,10 +223,33 @@ def test_every_e4m3_weight_scale(spelled):
     )
 
 
-def test_a_layer_without_bias(spelled):
-    for name in W4A4:
-        w = dataclasses.replace(layers.random_linear(name, 40, 64, 4), bias=None)
-        judge_gemm(spelled, activations(name, 3, 64, torch.bfloat16), w)
+@pytest.mark.parametrize("name", W4A4)
+def test_a_layer_without_bias(spelled, name):
+    w = dataclasses.replace(layers.random_linear(name, 40, 64, 4), bias=None)
+    judge_gemm(spelled, activations(name, 3, 64, torch.bfloat16), w)
+
+
+# ---- outputs of 16 bits: the fp32 ones, rounded once ----
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("m", [1, 9, 300], ids="m={}".format)
+@pytest.mark.parametrize("name", W4A4)
+def test_output_is_rounded_once(spelled, name, m, dtype):
+    w = layers.random_linear(name, 63 if m > 1 else 64, 192, 16)
+    quantized = [spelled.here(t) for t in quantize(reference, activations(name, m, 192, torch.bfloat16), w)]
+    exact = gemm(spelled.ops, *quantized, spelled.weights(w))
+    got = gemm(spelled.ops, *quantized, spelled.weights(w), dtype=layers.DTYPES[dtype])
+    assert torch.equal(got, exact.to(layers.DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("name", W4A4)
+def test_fp16_output_saturates(spelled, name):
+    w = layers.random_linear(name, 40, 64, 4, dtype=torch.float32)
+    w.bias[:3] = torch.tensor([1e6, -1e6, torch.nan])
+    quantized = [spelled.here(t) for t in quantize(reference, activations(name, 5, 64, torch.float32), w)]
+    y = gemm(spelled.ops, *quantized, spelled.weights(w), dtype=torch.float16)
+    assert (y[:, 0] == 65504).all() and (y[:, 1] == -65504).all() and y[:, 2].isnan().all()
 
 
 # ---- zeros, outliers, NaN ----
@@ -291,6 +314,9 @@ def test_awq(spelled, shape, acts):
     y = spelled.ops.gemv_awq(spelled.here(x), spelled.weights(w))
     assert y.dtype == torch.float32
     assert_close(y, layers.forward(x, w), "fp32_sum")
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = spelled.ops.gemv_awq(spelled.here(x), spelled.weights(w), dtype=dtype)
+        assert torch.equal(rounded, y.to(dtype))
 
 
 def test_awq_of_positive_activations_keeps_its_precision(spelled):
@@ -334,4 +360,4 @@ def test_golden_forward(spelled, make, prefix, x, qa, sa, exact):
     codes, scales, hidden = quantize(spelled.ops, spelled.here(t[x]), w)
     assert torch.equal(codes.cpu().to(t[qa].dtype), t[qa])
     assert torch.equal(scales.float().cpu(), t[sa].float())
-    assert_close(gemm(spelled.ops, codes, scales, hidden, w), t[exact], "fp32_sum")
+    assert_close(gemm(spelled.ops, codes, scales, hidden, w), t[exact], spelled.tolerance)

@@ -17,7 +17,7 @@ void forget() { Block::current().ranges.clear(); }
 void run_backwards(bool yes) { Block::current().backwards = yes; }
 
 int size_of_struct(int which) {
-  const int sizes[] = {sizeof(Floats), sizeof(Quantize), sizeof(Gemm), sizeof(Gemv), sizeof(Output)};
+  const int sizes[] = {sizeof(Floats), sizeof(Quantize), sizeof(Gemm), sizeof(Gemv)};
   return sizes[which];
 }
 
@@ -25,13 +25,9 @@ const char* quantize_int4(const Quantize* args) { return cuda::quantize_int4(*ar
 const char* quantize_int8(const Quantize* args) { return cuda::quantize_int8(*args, {}); }
 const char* quantize_nvfp4(const Quantize* args) { return cuda::quantize_nvfp4(*args, {}); }
 
-const char* gemm_by_nvfp4(const Gemm* args, const Output* out) { return cuda::gemm_nvfp4(*args, *out, {}); }
-const char* gemm_by_int4(const Gemm* args, const Output* out) {
-  return cuda::gemm_int4(*args, *out, cuda::Product::kInt4, {});
-}
-const char* gemm_by_int8(const Gemm* args, const Output* out) {
-  return cuda::gemm_int4(*args, *out, cuda::Product::kInt8, {});
-}
+const char* gemm_by_nvfp4(const Gemm* args) { return cuda::gemm_nvfp4(*args, {}); }
+const char* gemm_by_int4(const Gemm* args) { return cuda::gemm_int4(*args, cuda::Product::kInt4, {}); }
+const char* gemm_by_int8(const Gemm* args) { return cuda::gemm_int4(*args, cuda::Product::kInt8, {}); }
 const char* gemv(const Gemv* args) { return cuda::gemv_awq(*args, {}); }
 
 // By the name of a spelling, as ops.cpp calls them.
