@@ -41,7 +41,10 @@ _TAILS = tuple(
 )
 _XLABS = re.compile(r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)")
 _XLABS_ENDS = {"down.weight": "lora_down.weight", "up.weight": "lora_up.weight"}
-_DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
+_DOTTED = (
+    *("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet."),
+    "pipe.dit.",  # DiffSynth
+)
 _UNDERSCORED = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 _FUSED = (  # modules of other trainers' fused layers, and what hosts and files call them
     (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv", r"single_blocks.\1.linear1_qkv"),
@@ -50,15 +53,23 @@ _FUSED = (  # modules of other trainers' fused layers, and what hosts and files 
     (r"single_blocks\.(\d+)\.linear1_qkv", r"single_transformer_blocks.\1.qkv_proj"),
 )
 
+# Marks of a family in its layers' names, the clearest first: a later one may also be part of an earlier one's names.
 _FAMILIES = {
     "SDXL or Stable Diffusion": r"input_blocks|output_blocks|middle_block|down_blocks|up_blocks|mid_block",
+    "Chroma": r"distilled_guidance_layer",
+    "FLUX.2": r"stream_modulation|to_qkv_mlp_proj",
     "FLUX": r"double_blocks|single_blocks|single_transformer_blocks",
     "Qwen-Image": r"img_mod|txt_mod|img_mlp|txt_mlp",
     "Stable Diffusion 3": r"joint_blocks",
-    "Z-Image or Lumina": r"context_refiner|noise_refiner|adaLN_modulation",
-    "Wan": r"blocks[._]\d+[._](cross_attn|self_attn)",
-    "a text encoder only": r"^(lora_te|text_encoder)",
+    "Z-Image or Lumina": r"context_refiner|noise_refiner|layers[._]\d+[._](attention|adaLN_modulation|feed_forward)",
+    "PixArt": r"transformer_blocks[._]\d+[._]attn[12]|cross_attn[._](q_linear|kv_linear|proj)",
+    "Wan": r"(?<!r_)blocks[._]\d+[._](cross_attn|self_attn|attn[12])[._]",
+    "FLUX or Qwen-Image": r"transformer_blocks[._]\d+[._]attn",
 }
+_TEXT_ENCODER = re.compile(
+    r"(lora_(prior_)?te\d?_|lycoris_text_encoder|bundle_emb\.|clip_[lgh]\.)|"
+    r"(base_model\.model\.)?(text_encoders?(_\d)?|te\d?|text_model)\."
+)
 
 # The adapters and what each consists of. A layer has at most one; "lokr" may have its factors whole or in two.
 _ADAPTERS = {
@@ -87,14 +98,16 @@ _IDLE = {"alpha", "dora_scale"}  # and these do no harm alone
 class Renamed:
     """A LoRA's tensors under names a model knows.
 
-    modules    known module name -> tail -> tensor
-    unmatched  names that belong to no layer of the model, as the file has them
-    naming     how the file calls its layers, for the report
+    modules       known module name -> tail -> tensor
+    unmatched     names that belong to no layer of the model, as the file has them
+    naming        how the file calls its layers, for the report
+    text_encoder  how many tensors are for a text encoder, which no diffusion model has
     """
 
     modules: Mapping[str, Mapping[str, Tensor]]
     unmatched: tuple[str, ...]
     naming: str
+    text_encoder: int = 0
 
     def flat(self) -> dict[str, Tensor]:
         """The tensors by full name: module, dot, tail."""
@@ -132,7 +145,9 @@ def rename(path: Path, tensors: Mapping[str, Tensor], known: Mapping[str, Hashab
         else:
             _check_members(path, modules[target], sources[known[target]])
     common = namings.most_common(1)
-    return Renamed(modules, tuple(unmatched), common[0][0] if common else "unknown")
+    strays = tuple(name for name in unmatched if not for_text_encoder(name))
+    named = common[0][0] if common else "unknown"
+    return Renamed(modules, strays, named, text_encoder=len(unmatched) - len(strays))
 
 
 def split(name: str) -> tuple[str, str]:
@@ -201,11 +216,27 @@ def naming(name: str) -> str:
     return "BFL" if re.match("(double|single)_blocks|img_in|txt_in|final_layer", name) else "diffusers"
 
 
+def for_text_encoder(name: str) -> bool:
+    """Whether a tensor is a text encoder's. Diffusion models have no such layer, whatever their family."""
+    return _TEXT_ENCODER.match(name) is not None
+
+
 def guess_family(names: Iterable[str]) -> str:
     """The model family that a file's names speak of, for a message; empty where they do not."""
-    return next(
-        (family for name in names for family, marks in _FAMILIES.items() if re.search(marks, name)), ""
-    )
+    names = list(names)
+    layers = [name for name in names if not for_text_encoder(name)]
+    if names and not layers:
+        return "a text encoder only"
+    return next((f for f, marks in _FAMILIES.items() if any(re.search(marks, name) for name in layers)), "")
+
+
+def guess_other_family(unmatched: Iterable[str], known: Iterable[str]) -> str:
+    """The family that leftover names speak of, if no layer of the model bears its mark; else empty."""
+    unmatched, known = list(unmatched), list(known)
+    for family, marks in _FAMILIES.items():
+        if any(re.search(marks, name) for name in unmatched):
+            return "" if any(re.search(marks, name) for name in known) else family
+    return ""
 
 
 def _column(scale: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import comfy.lora
@@ -15,15 +15,17 @@ from torch import Tensor
 
 from ...loaders import lora_nunchaku
 from ...loaders.lora import read_lora
-from ...loaders.lora_names import Renamed, guess_family, rename
+from ...loaders.lora_names import Renamed, guess_family, guess_other_family, rename
 from . import joining, nunchaku_lora
 from . import patches as patching
+from .lora_layers import known_names
 from .operations import QuantizedLinear
 
 log = logging.getLogger("svdquant-nodes")
 
 _WIDENED = ("img_in.weight", "x_embedder.weight")  # FLUX tools LoRAs give the input more channels
 _BLOCK = re.compile(r"(?:lora_unet_|lora_transformer_|lycoris_|.*\.)?([a-z_]*(?:blocks|layers))[._](\d+)[._]")
+_OTHER = "Choose a LoRA made for the model's family."
 
 Patches = dict  # the host's: key or (key, offset[, function]) -> adapter or ("diff", (tensor,))
 
@@ -41,6 +43,7 @@ class LoraReport:
     nbytes     of the branches on quantized layers
     dense      quantized layers that carry a dense difference, because the adapter is not low-rank
     error      largest relative error of a truncated layer, 0 where every branch is exact
+    for_clip   how many of its tensors are for a text encoder, and so for a CLIP
     """
 
     name: str
@@ -52,6 +55,7 @@ class LoraReport:
     nbytes: int
     dense: int
     error: float
+    for_clip: int = 0
 
     def __str__(self) -> str:
         text = f"{self.name} at {self.strength:g}: {self.matched} layers, rank {self.rank} in all"
@@ -62,6 +66,10 @@ class LoraReport:
         if self.unmatched:
             more = f" and {len(self.unmatched) - 10} more" if len(self.unmatched) > 10 else ""
             text += f"; not of this model: {', '.join(self.unmatched[:10])}{more}"
+        if self.for_clip:
+            text += (
+                f"; {self.for_clip} tensors are for the text encoder: ComfyUI's Load LoRA puts them on a CLIP"
+            )
         return text
 
 
@@ -85,13 +93,13 @@ def apply_lora(model, path: Path, strength: float):
 
 def make_patches(model, path: Path, tensors: Mapping[str, Tensor]) -> tuple[Patches, Renamed]:
     """A LoRA file's tensors as the host's patches for this model, and how its names were read."""
-    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    key_map = known_names(model.model)
     ready: Patches = {}
     if lora_nunchaku.detect(tensors):
         ready, tensors = nunchaku_lora.make_patches(model, path, tensors)
     renamed = rename(path, tensors, key_map)
     if ready:
-        renamed = Renamed(renamed.modules, renamed.unmatched, "Nunchaku")
+        renamed = replace(renamed, naming="Nunchaku")
     _check_depth(path, renamed.unmatched, key_map)
     flat = renamed.flat()
     for module, members in renamed.modules.items():
@@ -103,13 +111,26 @@ def make_patches(model, path: Path, tensors: Mapping[str, Tensor]) -> tuple[Patc
     state = model.model.state_dict().keys()
     patches = {key: value for key, value in patches.items() if _weight_of(key) in state}
     if not any(_changes(value) for value in patches.values()):
-        looks = guess_family(tensors)
+        raise ValueError(f"{path.name}: {_why_none(tensors, renamed)}")
+    other = guess_other_family(renamed.unmatched, key_map)
+    if other:
         raise ValueError(
-            f"{path.name}: none of its {len(tensors)} tensors, such as {next(iter(tensors), '(none)')!r}, belongs to "
-            f"this model. {f'It looks like a LoRA for {looks}. ' if looks else ''}"
-            "Choose a LoRA made for the model's family."
+            f"{path.name}: {len(renamed.unmatched)} of its {len(tensors)} tensors, such as {renamed.unmatched[0]!r}, "
+            f"belong to no layer of this model. It looks like a LoRA for {other}. {_OTHER}"
         )
     return patches, renamed
+
+
+def _why_none(tensors: Mapping[str, Tensor], renamed: Renamed) -> str:
+    looks = guess_family(tensors)
+    example = next(iter(renamed.unmatched), next(iter(tensors), "(none)"))
+    remedy = (
+        "Use ComfyUI's Load LoRA, which takes a CLIP." if renamed.text_encoder == len(tensors) > 0 else _OTHER
+    )
+    return (
+        f"none of its {len(tensors)} tensors, such as {example!r}, belongs to this model. "
+        f"{f'It looks like a LoRA for {looks}. ' if looks else ''}{remedy}"
+    )
 
 
 def _weight_of(key) -> str:
@@ -209,6 +230,5 @@ def _report(model, path: Path, strength: float, renamed: Renamed, patches: Patch
         found = joining.cost(layer, (1.0, value, 1.0, None, None), model.load_device)
         rank, nbytes = rank + found.rank, nbytes + found.nbytes
         dense, error = dense + found.dense, max(error, found.error)
-    return LoraReport(
-        path.name, strength, renamed.naming, len(patches), renamed.unmatched, rank, nbytes, dense, error
-    )
+    told = (path.name, strength, renamed.naming, len(patches), renamed.unmatched)
+    return LoraReport(*told, rank, nbytes, dense, error, for_clip=renamed.text_encoder)

@@ -227,16 +227,16 @@ def test_nunchaku_layout_made_on_another_checkpoint(twins, tmp_path):
 
 def test_report(quantized, tmp_path):
     tensors = diffusers(dotted("transformer.")) | {
-        f"lora_te1_x_{i}.lora_up.weight": torch.ones(2) for i in range(12)
+        f"lora_unet_x_{i}.lora_up.weight": torch.ones(2) for i in range(12)
     }
     _, report = apply(quantized, tensors, tmp_path, 0.5)
-    nbytes = sum(t.nbytes for n, t in tensors.items() if "lora_te" not in n)
+    nbytes = sum(t.nbytes for n, t in tensors.items() if "lora_unet" not in n)
     assert (report.matched, report.rank, report.nbytes, report.dense, report.error) == (6, 24, nbytes, 0, 0.0)
     text = str(report)
     assert text.startswith(
         "some.safetensors at 0.5: 6 layers, rank 24 in all, 0.1 MB, diffusers naming; exact; "
     )
-    assert text.count("lora_te1") == 10 and text.endswith(" and 2 more")
+    assert text.count("lora_unet") == 10 and text.endswith(" and 2 more")
 
 
 def test_layers_of_the_report_exist(quantized, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdquant_nodes.loaders.lora_names import guess_family, naming, rename, split
+from svdquant_nodes.loaders.lora_names import guess_family, guess_other_family, naming, rename, split
 
 FILE = Path("some.safetensors")
 KNOWN = {
@@ -23,6 +23,7 @@ KNOWN = {
     "transformer.transformer_blocks.0.attn.to_out.0": "image out",
     "transformer.transformer_blocks.0.attn.norm_k": "key norm",
 }
+QKV = "diffusion_model.double_blocks.0.img_attn.qkv"
 Q = "transformer.transformer_blocks.0.attn.to_q"
 FLAT_Q = "lora_transformer_transformer_blocks_0_attn_to_q"
 SPELLINGS = {
@@ -55,6 +56,7 @@ SPELLINGS = {
     ),
     "kohya-unet-diffusers": ("lora_unet_transformer_blocks_0_attn_to_q.alpha", FLAT_Q, "alpha"),
     "lycoris": ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", FLAT_Q, "lokr_w1"),
+    "diffsynth": ("pipe.dit.double_blocks.0.img_attn.qkv.lora_A.default.weight", QKV, "lora_down.weight"),
     "to-out-without-0": (
         "transformer_blocks.0.attn.to_out.lora_A.weight",
         "transformer.transformer_blocks.0.attn.to_out.0",
@@ -183,10 +185,30 @@ def test_incomplete_is_refused(tensors, message):
 
 
 def test_what_belongs_nowhere_is_listed_as_the_file_has_it():
-    strays = {"lora_te1_text_model_x.lora_up.weight": tensor(), f"{FLAT_Q}.alpha": torch.ones(())}
+    strays = {"lora_unet_blocks_3_x.lora_up.weight": tensor(), f"{FLAT_Q}.alpha": torch.ones(())}
     renamed = rename(FILE, strays, KNOWN)
     assert renamed.modules == {}
     assert set(renamed.unmatched) == set(strays)  # an alpha alone is no adapter
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "lora_te_text_model_encoder_layers_0_mlp_fc1",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+        "lora_te2_encoder_block_0_layer_0_SelfAttention_q",
+        "lora_prior_te_text_projection",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+        "base_model.model.text_model.encoder.layers.0.self_attn.q_proj",
+        "te1.text_model.encoder.layers.0.mlp.fc1",
+        "bundle_emb.dog.clip_g",
+    ],
+)
+def test_text_encoder_tensors_are_counted(module):
+    renamed = rename(FILE, {f"{module}.lora_up.weight": tensor(), f"{module}.alpha": torch.ones(())}, KNOWN)
+    assert (renamed.unmatched, renamed.text_encoder) == ((), 2)
 
 
 def test_a_boft_gets_the_alpha_that_hosts_need():
@@ -204,8 +226,33 @@ def test_no_lora_tensor_has_no_tail():
         ("lora_unet_double_blocks_0_img_attn_qkv.alpha", "FLUX"),
         ("transformer_blocks.0.img_mlp.net.2.lora_A.weight", "Qwen-Image"),
         ("lora_te1_text_model.alpha", "a text encoder only"),
+        (
+            "unet.up_blocks.0.attentions.2.transformer_blocks.0.attn1.to_q.lora_A.weight",
+            "SDXL or Stable Diffusion",
+        ),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "PixArt"),
+        ("lora_unet_blocks_0_cross_attn_kv_linear.alpha", "PixArt"),
+        ("blocks.0.self_attn.q.lora_A.default.weight", "Wan"),
+        ("transformer.blocks.0.attn1.to_q.lora_A.weight", "Wan"),
+        ("lora_unet_layers_12_attention_to_q.alpha", "Z-Image or Lumina"),
+        ("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight", "FLUX.2"),
+        ("distilled_guidance_layer.layers.0.linear_1.lora_A.weight", "Chroma"),
+        ("transformer_blocks.0.attn.add_k_proj.lora_A.weight", "FLUX or Qwen-Image"),
         ("something.else", ""),
     ],
 )
 def test_family_is_guessed_for_the_message(name, family):
     assert guess_family([name]) == family
+
+
+def test_family_is_guessed_from_the_model_part_of_a_file():
+    assert guess_family(["lora_te1_text_model.alpha", "lora_unet_input_blocks_4_1_proj_in.alpha"]).startswith(
+        "SDXL"
+    )
+
+
+def test_leftovers_of_another_family_are_told_from_those_of_this_one():
+    flux = "transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight"
+    assert guess_other_family([flux], ["transformer_blocks.0.img_mlp.net.2"]) == "FLUX"
+    assert guess_other_family([flux], ["lora_unet_single_transformer_blocks_0_proj_out"]) == ""
+    assert guess_other_family(["something.else"], []) == ""

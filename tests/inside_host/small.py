@@ -1,0 +1,171 @@
+"""Every family's own class in ComfyUI, at a width no published file has: small, random, in 4 bits, and its dense twin.
+
+Where the host reads a model's width off a table and not off the weights, it is told ours while the models are built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+import comfy.model_detection
+import comfy.sample
+import torch
+from torch import Tensor
+
+from svdquant_nodes.tests.inside_host import published, twins
+from svdquant_nodes.tests.inside_host.test_other_families import SDXL
+
+FLUX_LIKE = dict(context_in_dim=64, hidden_size=256, num_heads=2, depth=1, depth_single_blocks=1)
+CHROMA = FLUX_LIKE | dict(
+    **dict(
+        in_channels=64, out_channels=64, vec_in_dim=None, mlp_ratio=4.0, axes_dim=[16, 56, 56], theta=10000
+    ),
+    **dict(patch_size=2, qkv_bias=True, txt_ids_dims=[], in_dim=64, out_dim=256, hidden_dim=128, n_layers=2),
+)
+FLUX2 = FLUX_LIKE | dict(
+    **dict(in_channels=128, out_channels=128, vec_in_dim=None, mlp_ratio=3.0, axes_dim=[32] * 4, theta=2000),
+    **dict(patch_size=1, qkv_bias=False, guidance_embed=True, txt_ids_dims=[3], global_modulation=True),
+    **dict(mlp_silu_act=True, ops_bias=False, default_ref_method="index", ref_index_scale=10.0),
+)
+WAN = dict(
+    model_type="t2v", dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=4096, cross_attn_norm=True
+)
+Z_IMAGE = dict(
+    **dict(patch_size=2, in_channels=16, dim=256, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2),
+    **dict(axes_dims=[32, 48, 48], axes_lens=[64, 64, 64], qk_norm=True, cap_feat_dim=64, time_scale=1000.0),
+    **dict(z_image_modulation=True, pad_tokens_multiple=32, ffn_dim_multiplier=8 / 3, rope_theta=256.0),
+)
+_BLOCKS = ("blocks.", "middle_block.", "layers.", "refiner.")
+
+
+@dataclass(frozen=True)
+class Small:
+    """A family's class and what it is sampled with.
+
+    build    module and class of the host
+    options  the class's arguments
+    latent   shape of an empty latent
+    text     width of its text
+    pooled   width of its pooled text, 0 where it has none; old hosts want one for every FLUX
+    told     the arguments that the host's detection is told
+    dense    parts of the names of linears in blocks that stay 16-bit
+    """
+
+    build: tuple[str, str]
+    options: Mapping[str, Any]
+    latent: tuple[int, ...]
+    text: int
+    pooled: int = 0
+    told: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+
+    def model(self) -> torch.nn.Module:
+        """The host's class, on meta."""
+        module = import_module(self.build[0])
+        options = {k: list(v) if isinstance(v, list) else v for k, v in self.options.items()}
+        return getattr(module, self.build[1])(**options, **published.META)
+
+    def quantizes(self, name: str, width: int) -> bool:
+        inside = any(part in name for part in _BLOCKS) and not any(part in name for part in self.dense)
+        return inside and width % 64 == 0
+
+
+SMALL = {
+    "sdxl": Small(
+        ("comfy.ldm.modules.diffusionmodules.openaimodel", "UNetModel"),
+        SDXL,
+        (1, 4, 8, 8),
+        2048,
+        1280,
+    ),
+    "pixart-sigma": Small(
+        ("comfy.ldm.pixart.pixartms", "PixArtMS"),
+        dict(depth=1, model_max_length=300, micro_condition=False),
+        (1, 4, 64, 64),
+        4096,
+    ),
+    "qwen-image": Small(
+        ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel"),
+        dict(num_layers=2, num_attention_heads=2),
+        (1, 16, 1, 8, 8),
+        3584,
+        told=("num_attention_heads",),
+        dense=("img_mod", "txt_mod", "net.2"),
+    ),
+    "z-image": Small(
+        ("comfy.ldm.lumina.model", "NextDiT"),
+        Z_IMAGE,
+        (1, 16, 8, 8),
+        64,
+        told=tuple(set(Z_IMAGE) - {"dim", "n_layers", "cap_feat_dim"}),
+    ),
+    "chroma": Small(
+        ("comfy.ldm.chroma.model", "Chroma"),
+        CHROMA,
+        (1, 16, 8, 8),
+        64,
+        64,
+        told=("out_dim", "hidden_dim", "n_layers"),
+    ),
+    "flux2": Small(("comfy.ldm.flux.model", "Flux"), FLUX2, (1, 128, 8, 8), 64, 64, told=("num_heads",)),
+    "wan": Small(("comfy.ldm.wan.model", "WanModel"), WAN, (1, 16, 1, 8, 8), 4096),
+}
+
+
+def detecting(told: Mapping[str, Any]):
+    """While this lasts, the host's detection knows better."""
+    original = comfy.model_detection.detect_unet_config
+
+    def detect(*args, **kwargs):
+        return original(*args, **kwargs) | told
+
+    return mock.patch.object(comfy.model_detection, "detect_unet_config", detect)
+
+
+def write(family: str, path) -> None:
+    """A 4-bit file in the host's names: every linear inside a block, except those that stay dense."""
+    small = SMALL[family]
+    model = small.model()
+    tensors = published.random_weights(model)
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and small.quantizes(name, module.in_features):
+            bias = tensors.pop(f"{name}.bias", None)
+            layers[name] = published.four_bit(tensors.pop(f"{name}.weight"), bias)
+    published.write(path, layers, tensors)
+
+
+def make(family: str, folder) -> twins.Twins:
+    """The family's 4-bit model with exact activations, and its dense twin."""
+    path = folder / f"{family}.safetensors"
+    write(family, path)
+    small = SMALL[family]
+    with detecting({key: small.options[key] for key in small.told}):
+        return twins.make(path)
+
+
+def sample(family: str, model, steps: int = 1) -> Tensor:
+    """A latent by the host's own sampler."""
+    small, generator = SMALL[family], torch.Generator().manual_seed(1)
+    conditioning = [[torch.randn(1, 8, small.text, generator=generator), {}]]
+    if small.pooled:
+        conditioning[0][1]["pooled_output"] = torch.randn(1, small.pooled, generator=generator)
+    latent = torch.zeros(small.latent)
+    noise = comfy.sample.prepare_noise(latent, 0)
+    return comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        1.0,
+        "euler",
+        "simple",
+        conditioning,
+        conditioning,
+        latent,
+        seed=0,
+        disable_pbar=True,
+    )
