@@ -19,6 +19,7 @@ from ..core import linear as core
 from ..core import reference
 from ..core.linear import Part
 from ..core.weights import LinearWeights, QuantSpec
+from ..kernels import ops
 
 NAME = "SVDQuantLayout"
 ALIGNMENT = 256  # bytes; a cache line for every reader and what device allocators give
@@ -156,4 +157,4 @@ def register() -> None:
 def _linear(qt: QuantizedTensor, args, kwargs) -> Tensor:
     """F.linear(x, W, bias) by code that holds the weight itself instead of calling the layer."""
     x, w, bias = (*args, None)[:3]
-    return core.forward(x, unpack(w._qdata, w._params), bias, (), reference)
+    return core.forward(x, unpack(w._qdata, w._params), bias, (), ops)

@@ -8,6 +8,7 @@ that insists on a spelling.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import cache
 
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from ..core import reference, weight_only
 from ..core.weights import LinearWeights
-from . import jit, select
+from . import jit, select, selftest
+
+log = logging.getLogger("svdquant-nodes")
 
 _QUANTIZED = "(Tensor codes, Tensor scales, Tensor hidden)"
 _ACTS = "Tensor x, Tensor smooth, Tensor down"
@@ -100,17 +103,34 @@ def device(kind: str, index: int | None = None) -> select.Device:
 
 
 def _gpu(index: int | None) -> select.Device:
-    """A GPU, whose library is for all GPUs of the machine that our kernels fit."""
+    """A GPU, whose library is for all GPUs of the machine that our kernels fit, and is checked before its first use."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return select.Device("cuda", missing="torch finds no NVIDIA GPU")
     every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    here = every[torch.cuda.current_device() if index is None else index]
+    index = torch.cuda.current_device() if index is None else index
+    here = every[index]
     found = select.Device("cuda", capability=(here.major, here.minor))
     missing = select.unfit(found.capability, here.name)
     if not missing:
         fit = [(p.major, p.minor) for p in every if not select.unfit((p.major, p.minor), p.name)]
-        missing = jit.load(jit.cuda_target(*fit)) or ""
+        missing = jit.load(jit.cuda_target(*fit)) or _distrust(found, torch.device("cuda", index), here.name)
     return replace(found, missing=missing)
+
+
+def _distrust(found: select.Device, where: torch.device, name: str) -> str:
+    """What is wrong with the kernels that a device would run, which is logged; "" if nothing."""
+    trial = _Trial(found)
+    names = [op for op in select.OPS if trial.spelling(op, torch.bfloat16) not in PLAIN]
+    fault = selftest.problem(trial, where, names)
+    if fault is None:
+        return ""
+    log.warning(
+        "SVDQuant: the kernels failed their self-test on %s, so layers multiply dequantized weights in 16 bits "
+        "there: %s. Please report this line; SVDQUANT_KERNELS=off starts without the kernels.",
+        name,
+        fault,
+    )
+    return f"the self-test failed: {fault}"
 
 
 @cache
@@ -129,9 +149,12 @@ def _spelling(
     op: str, wanted: str | None, dtype: torch.dtype, kind: str, index: int | None, tokens: int | None
 ) -> str:
     """The name of the spelling to call with."""
+    return choose(_request(op, wanted, dtype, tokens), kind, index).spelling
+
+
+def _request(op: str, wanted: str | None, dtype: torch.dtype, tokens: int | None) -> select.Request:
     name = str(dtype).removeprefix("torch.")
-    request = select.Request(op, name, tokens=tokens, wanted=wanted or jit.settings().kernels)
-    return choose(request, kind, index).spelling
+    return select.Request(op, name, tokens=tokens, wanted=wanted or jit.settings().kernels)
 
 
 # ---- the ops ----
@@ -248,6 +271,20 @@ class OpSet:
         if spelling in PLAIN:
             return PLAIN[spelling].gemv_awq(x, w, dtype=dtype)
         return torch.ops.svdquant.gemv_awq(x, w.codes, w.scales, w.zeros, w.bias, dtype, spelling)
+
+
+class _Trial(OpSet):
+    """What a device would run, before `device` says that it may."""
+
+    def __init__(self, found: select.Device) -> None:
+        super().__init__()
+        self.found = found
+
+    def spelling(self, op: str, dtype: torch.dtype, tokens: int | None = None) -> str:
+        return select.choose(self.found, _request(op, None, dtype, tokens)).spelling
+
+    def _choose(self, op: str, x: Tensor, dtype: torch.dtype, tokens: int | None = None) -> str:
+        return self.spelling(op, dtype, tokens)
 
 
 _default = OpSet()

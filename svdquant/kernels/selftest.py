@@ -1,0 +1,146 @@
+"""A short check of a device's kernels before they are trusted with a picture: small layers against core.reference.
+
+A kernel that is wrong on a card nobody has tried would paint noise and blame the model. So the ops that a device would
+run are called once a process on random layers whose sizes have tails, and compared with the reference on the CPU: codes
+and scales for equality, sums closely enough that one wrong number shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..core import int8, reference
+from ..core.weights import AWQ, INT4, INT4_UNSIGNED, NVFP4, LinearWeights, QuantSpec
+
+LIMITS = {  # of the largest error, as a part of the largest number
+    torch.float32: 1e-4,  # branches in two 16-bit halves, sums on tensor cores
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and its input; sizes are chosen for tails, both tiles of a product, and every way to read x."""
+
+    spec: QuantSpec
+    m: int
+    n: int
+    k: int
+    rank: int
+    dtype: torch.dtype
+    eight_bits: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.m} x {self.n} x {self.k}, rank {self.rank}, {str(self.dtype).removeprefix('torch.')}"
+
+
+CASES = (
+    Case(INT4, 19, 70, 192, 24, torch.bfloat16),
+    Case(INT4, 130, 2052, 320, 40, torch.float16),
+    Case(INT4_UNSIGNED, 33, 96, 128, 5, torch.bfloat16),
+    Case(INT4, 5, 64, 64, 0, torch.float32),
+    Case(NVFP4, 19, 70, 80, 24, torch.bfloat16),
+    Case(NVFP4, 130, 2052, 208, 16, torch.float16),
+    Case(INT4, 19, 72, 192, 24, torch.bfloat16, eight_bits=True),
+    Case(INT4_UNSIGNED, 130, 2052, 320, 40, torch.float16, eight_bits=True),
+    Case(AWQ, 1, 70, 1088, 0, torch.bfloat16),
+    Case(AWQ, 11, 33, 192, 0, torch.float16),
+)
+
+
+def problem(ops: ModuleType, device: torch.device, names: Collection[str]) -> str | None:
+    """The first thing wrong with an op set on a device, in half a sentence that begins with the op; None if nothing.
+
+    names  ops to check; a layer is taken when all that it needs are among them
+    """
+    with torch.inference_mode():
+        for seed, case in enumerate(CASES):
+            try:
+                for op, faults in _judge(case, seed, ops, device, names):
+                    if faults:
+                        return f"{op} {faults} ({case})"
+            except RuntimeError as error:  # a refusal, or CUDA's word about an earlier launch
+                return f"{'/'.join(_ops_of(case))}: {str(error).strip().splitlines()[0]} ({case})"
+    return None
+
+
+def _ops_of(case: Case) -> tuple[str, ...]:
+    if case.spec.format == "awq":
+        return ("gemv_awq",)
+    kind = "int8" if case.eight_bits else case.spec.format
+    unsigned = "_unsigned" if kind == "int4" and case.spec.act_shift else ""
+    return f"quantize_{kind}{unsigned}", f"gemm_{kind}"
+
+
+def _judge(
+    case: Case, seed: int, ops: ModuleType, device: torch.device, names: Collection[str]
+) -> Iterator[tuple[str, str]]:
+    """Run a case's ops one after the other; yields (op, what is wrong or "")."""
+    called = _ops_of(case)
+    if not set(called) <= set(names):
+        return
+    x, weights = _inputs(case, torch.Generator().manual_seed(seed))
+    there = replace(weights, **{name: t.to(device) for name, t in weights.tensors().items()})
+    inputs = (x,)
+    if len(called) == 2:
+        shift = (case.spec.act_shift,) if case.spec.act_shift else ()
+        inputs = getattr(reference, called[0])(x, weights.smooth, weights.down, *shift)
+        got = getattr(ops, called[0])(x.to(device), there.smooth, there.down, *shift)
+        yield called[0], _different(got[0], inputs[0], "codes") or _different(got[1], inputs[1], "scales")
+        yield called[0], _far(got[2], inputs[2])
+    want, inputs = getattr(reference, called[-1])(*inputs, weights), [t.to(device) for t in inputs]
+    for dtype in dict.fromkeys((torch.float32, case.dtype)):
+        yield called[-1], _far(getattr(ops, called[-1])(*inputs, there, dtype=dtype), want)
+
+
+def _inputs(case: Case, generator: torch.Generator) -> tuple[Tensor, LinearWeights]:
+    """Gaussian activations, and a layer of random codes whose outputs are of size one."""
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(case.dtype)
+
+    n, k, rank, spec = case.n, case.k, case.rank, case.spec
+    codes = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(n, k // spec.group, generator=generator) + 0.5) * 0.2 * k**-0.5
+    x, bias = random(case.m, k), random(n)
+    if spec.format == "awq":
+        scales = scales.to(case.dtype)
+        return x, LinearWeights(spec, codes, scales, zeros=-7 * scales, bias=bias)
+    smooth = (torch.rand(k, generator=generator) + 0.5).to(case.dtype)
+    branch = dict(
+        smooth=smooth, down=random(rank, k, scale=k**-0.5), up=random(n, rank, scale=0.3), bias=bias
+    )
+    if spec.format == "nvfp4":
+        second = torch.full((1,), 2.0**-6, dtype=case.dtype)
+        return x, LinearWeights(spec, codes, (scales * 2**6).to(torch.float8_e4m3fn), second, **branch)
+    weights = LinearWeights(spec, codes, scales.to(case.dtype), **branch)
+    x = x.clamp(min=-spec.act_shift) if spec.act_shift else x  # as a GELU leaves it
+    return x, int8.requantize(weights) if case.eight_bits else weights
+
+
+def _different(got: Tensor, want: Tensor, what: str) -> str:
+    got = got.cpu()
+    if got.dtype != want.dtype or got.shape != want.shape:
+        return f"gave {what} of {got.dtype} {list(got.shape)}, expected {want.dtype} {list(want.shape)}"
+    wrong = int((got.float() != want.float()).sum())
+    return f"gave {wrong} of {want.numel()} {what} wrong" if wrong else ""
+
+
+def _far(got: Tensor, want: Tensor) -> str:
+    """Compares with fp32 numbers what may be of 16 bits."""
+    if got.shape != want.shape:
+        return f"gave a shape of {list(got.shape)}, expected {list(want.shape)}"
+    if not want.numel():
+        return ""
+    error, size = float((got.cpu().float() - want).abs().max()), float(want.abs().max())
+    return (
+        ""
+        if error <= LIMITS[got.dtype] * size
+        else f"is off by {error:.3g} where {size:.3g} is the largest number"
+    )

@@ -1,0 +1,140 @@
+"""The check that a GPU's kernels must pass: it lets right op sets through, and names what is wrong with any other."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import pytest
+import torch
+
+from svdquant_nodes.svdquant.core import linear, reference
+from svdquant_nodes.svdquant.kernels import ops, select, selftest
+from svdquant_nodes.tests import layers
+from svdquant_nodes.tests.kernels.emulated import COMPILER, EmulatedOps
+
+CPU = torch.device("cpu")
+
+
+class Wrong:
+    """core.reference with one op's results passed through `spoil`."""
+
+    def __init__(self, op, spoil):
+        self.op, self.spoil = op, spoil
+
+    def __getattr__(self, op):
+        right = getattr(reference, op)
+        return (lambda *args, **dtype: self.spoil(right(*args, **dtype))) if op == self.op else right
+
+
+def poke(t, value):
+    """One number of a result, the last one."""
+    t.view(-1)[-1] = value
+    return t
+
+
+def result(index, value):
+    """One number of one of a quantizer's three results."""
+    return lambda made: (*made[:index], poke(made[index], value), *made[index + 1 :])
+
+
+def refuse(_):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore lines")
+
+
+def only_in(dtype, value):
+    return lambda y: poke(y, value) if y.dtype == dtype else y
+
+
+FAULTS = {  # op, how its results are spoilt, what is said
+    "a-code": ("quantize_int4", result(0, 100), "quantize_int4 gave 1 of 3648 codes wrong (19 x 70 x 192"),
+    "a-scale": ("quantize_nvfp4", result(1, 9.0), "quantize_nvfp4 gave 1 of 95 scales wrong"),
+    "a-hidden-value": (
+        "quantize_int4_unsigned",
+        result(2, torch.nan),
+        "quantize_int4_unsigned is off by nan",
+    ),
+    "an-output": ("gemm_int4", lambda y: poke(y, 50.0), "gemm_int4 is off by"),
+    "a-16-bit-output": ("gemm_nvfp4", only_in(torch.bfloat16, 50.0), "gemm_nvfp4 is off by"),
+    "outputs-swapped": ("gemv_awq", lambda y: y.flip(-1), "gemv_awq is off by"),
+    "a-small-error": ("gemm_int4", lambda y: y * 1.001, "gemm_int4 is off by"),
+    "eight-bits": ("gemm_int8", lambda y: poke(y, torch.inf), "gemm_int8 is off by inf"),
+    "cuda-error": ("gemv_awq", refuse, "gemv_awq: CUDA error: an illegal memory access was encountered (1 x"),
+    "other-shape": (
+        "gemm_int4",
+        lambda y: y[:, :-1],
+        "gemm_int4 gave a shape of [19, 69], expected [19, 70]",
+    ),
+    "other-type": (
+        "quantize_int4",
+        lambda made: (made[0].float(), *made[1:]),
+        "quantize_int4 gave codes of torch.float32 [19, 192], expected torch.int8 [19, 192]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("op", "spoil", "text"), FAULTS.values(), ids=FAULTS)
+def test_a_wrong_op_is_named(op, spoil, text):
+    assert selftest.problem(Wrong(op, spoil), CPU, select.OPS).startswith(text)
+
+
+def test_the_reference_passes_in_little_time():
+    start = time.process_time()
+    assert selftest.problem(reference, CPU, select.OPS) is None
+    assert time.process_time() - start < 1.0
+
+
+def test_only_what_a_device_runs_is_checked():
+    everything_wrong = Wrong("gemm_int4", refuse)
+    assert (
+        selftest.problem(everything_wrong, CPU, ("quantize_int4", "quantize_int4_unsigned", "gemv_awq"))
+        is None
+    )
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_kernels_of_this_processor_pass():
+    assert selftest.problem(ops.OpSet(), CPU, select.FILE_OPS) is None
+
+
+@pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
+@pytest.mark.parametrize(("spelling", "arch"), [("mma_sm75", 75), ("mma_s4", 80), ("mma_s8", 90)])
+def test_the_kernels_of_a_gpu_pass_when_emulated(monkeypatch, spelling, arch):
+    """Small tiles only: the emulator takes a second for a large one."""
+    monkeypatch.setattr(selftest, "CASES", [case for case in selftest.CASES if case.n < 100])
+    assert selftest.problem(EmulatedOps(arch, spelling), CPU, select.FILE_OPS) is None
+
+
+# ---- what follows from it ----
+
+
+def test_a_gpu_that_fails_runs_without_kernels_and_says_so_once(monkeypatch, caplog):
+    found = select.Device("cuda", capability=(8, 9))
+    monkeypatch.setattr(selftest, "problem", lambda op_set, device, names: f"{names[0]} is off by 9")
+    with caplog.at_level(logging.WARNING, logger="svdquant-nodes"):
+        reason = ops._distrust(found, CPU, "NVIDIA Something")
+    assert reason == "the self-test failed: quantize_int4 is off by 9"
+    (record,) = caplog.records
+    assert "self-test on NVIDIA Something" in record.getMessage() and reason[22:] in record.getMessage()
+    failed = select.Device("cuda", capability=(8, 9), missing=reason)
+    choice = select.choose(failed, select.Request("gemm_int4", "bfloat16"))
+    assert choice.spelling == "weight_only" and choice.against["mma_s4"] == (reason,)
+
+
+def test_the_check_calls_what_the_device_would_run(monkeypatch):
+    """Before the device has been found good, and only ops with kernels: the rest is plain torch."""
+    seen = {}
+    monkeypatch.setattr(
+        selftest, "problem", lambda op_set, device, names: seen.update(names=names, ops=op_set)
+    )
+    assert ops._distrust(select.Device("cuda", capability=(7, 5)), CPU, "Tesla T4") == ""
+    assert set(select.FILE_OPS) <= set(seen["names"])
+    assert seen["ops"].spelling("gemm_int4", torch.float16) == "mma_sm75"
+    assert seen["ops"].spelling("gemm_int4", torch.float64) == "weight_only"
+
+
+def test_a_trial_is_an_op_set(monkeypatch):
+    """On a processor's device it computes a layer like any other."""
+    w, x = layers.random_linear("int4", 32, 64, 4), layers.random(3, 64, seed=1)
+    trial = ops._Trial(select.Device("cpu", missing="none here"))
+    assert torch.equal(linear.linear(x, w, trial), linear.linear(x, w, reference))
