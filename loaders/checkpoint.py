@@ -67,7 +67,7 @@ class Checkpoint:
     """A quantized model file, opened.
 
     path        the file or folder
-    dialect     nunchaku_v1 | nunchaku_v2 | nunchaku_folder | nunchaku_lite | kitchen | natural
+    dialect     nunchaku_v1 | nunchaku_v2 | nunchaku_folder | nunchaku_lite | nunchaku_t5 | kitchen | natural
     metadata    the header's strings (and a folder's config.json as "config")
     layers      name -> LinearWeights, decoded at every access; padding not yet cropped
     info        name -> LayerInfo, from headers alone

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import kitchen, natural, nunchaku, nunchaku_lite
+from . import kitchen, natural, nunchaku, nunchaku_lite, nunchaku_t5
 from .checkpoint import Checkpoint
 from .tensorfile import TensorFile, join_files, open_file
 
-DIALECTS = (nunchaku_lite, nunchaku, kitchen, natural)
+DIALECTS = (nunchaku_lite, nunchaku_t5, nunchaku, kitchen, natural)
 _LORA_PARTS = (
     "lora_A",
     "lora_B",
@@ -32,10 +32,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises ValueError, in one sentence for a user, when the path holds something else or is damaged.
     """
     files = open_tensors(Path(path))
-    for dialect in DIALECTS:
-        if dialect.detect(files):
-            return dialect.read(files)
-    raise ValueError(f"{files.path.name}: expected SVDQuant layers, got {_explain(files)}")
+    found = read_quantized(files)
+    if found is None:
+        raise ValueError(f"{files.path.name}: expected SVDQuant layers, got {_explain(files)}")
+    return found
+
+
+def read_quantized(files: TensorFile) -> Checkpoint | None:
+    """What the first dialect that knows these tensors makes of them; None if they are not quantized."""
+    dialect = next((dialect for dialect in DIALECTS if dialect.detect(files)), None)
+    return dialect.read(files) if dialect else None
 
 
 def open_tensors(path: Path) -> TensorFile:

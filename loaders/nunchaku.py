@@ -26,7 +26,7 @@ __all__ = ["V1", "V2", "Names", "copy", "decode_linear", "detect", "encode_linea
 FOLDER_FILES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 FOLDER_TEXTS = {"config": "config.json", "comfy_config": "comfy_config.json"}
 
-WRITTEN = ("nunchaku_v1", "nunchaku_v2", "nunchaku_folder")  # the dialects of this file
+WRITTEN = ("nunchaku_v1", "nunchaku_v2", "nunchaku_folder", "nunchaku_t5")  # the dialects that `copy` copies
 
 _V2_CLASSES = ("NunchakuQwenImageTransformer2DModel", "NunchakuZImageTransformer2DModel")
 _V2_PARTS = (".img_mlp.", ".txt_mlp.", ".feed_forward.")

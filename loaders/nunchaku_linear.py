@@ -3,10 +3,9 @@
     qweight I8  + wscales T      W4A4 INT4, group 64      orders P1 P3
     qweight I8  + wscales e4m3   W4A4 NVFP4, group 16     orders P1 P4; with wtscale [1] or wcscales [N] (P2)
     qweight I32 + wzeros         AWQ W4A16, group 64      order P7, scales plain [G, N]
-    qweight I16 + scaled_zeros   AWQ W4A16, T5 encoder    the same bytes, scale rows padded with zeros
 
 Stored shapes of W4A4 tensors are nominal; svdquant.core.tiles knows the order inside. The branch and the
-smoothing vector have two sets of names, V1 and V2, for the same bytes.
+smoothing vector have two sets of names, V1 and V2, for the same bytes. Text encoders are in nunchaku_t5.py.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..svdquant.core import tiles
 from ..svdquant.core.weights import AWQ, INT4, NVFP4, LinearWeights, QuantSpec
+from . import nunchaku_t5
 from .checkpoint import FLOATS, LayerInfo, check_tensor, forbid, layer_bytes, require
 from .tensorfile import TensorFile, TensorInfo
 
@@ -40,9 +39,7 @@ V2 = Names("proj_down", "proj_up", "smooth_factor", "smooth_factor_orig")
 FIELDS = {
     "qweight": "codes",
     "wscales": "scales",
-    "scales": "scales",
     "wzeros": "zeros",
-    "scaled_zeros": "zeros",
     "wtscale": "second_scale",
     "wcscales": "row_scale",
     "bias": "bias",
@@ -52,34 +49,18 @@ FIELDS = {
         for field in ("down", "up", "smooth", "smooth_orig")
     },
 }
-_T5_GROUPS = (128, 64, 32)
 
 
 def spec_of(fields: Mapping[str, Tensor | TensorInfo]) -> QuantSpec:
-    """The format a linear's tensors say they are in, from dtypes and (T5 only) the number of scale rows."""
-    codes, scales = fields["codes"], fields["scales"]
-    if codes.dtype == torch.int32:
+    """The format a linear's tensors say they are in, by their dtypes."""
+    if fields["codes"].dtype == torch.int32:
         return AWQ
-    if codes.dtype == torch.int16:
-        groups = [g for g in _T5_GROUPS if _t5_rows(codes.shape[-1], g) == scales.shape[0]]
-        if not groups:
-            raise ValueError(
-                f"expected scale rows for groups of {_T5_GROUPS} along K = {codes.shape[-1]}, "
-                f"got {scales.shape[0]}. The file is damaged or another dialect."
-            )
-        return QuantSpec("awq", groups[0])
-    return NVFP4 if scales.dtype == torch.float8_e4m3fn else INT4
-
-
-def _t5_rows(k: int, group: int) -> int:
-    """Allocated scale rows: a multiple of 8, 16 or 32 for groups of 128, 64, 32."""
-    multiple = 8 * 128 // group
-    return -(-k // group // multiple) * multiple
+    return NVFP4 if fields["scales"].dtype == torch.float8_e4m3fn else INT4
 
 
 def describe(files: TensorFile, layer: str, keys: Mapping[str, str]) -> LayerInfo:
     """A layer's LayerInfo from the header. ValueError for a missing tensor, a wrong dtype or a wrong size."""
-    codes = check_tensor(files, keys["codes"], dtypes=(torch.int8, torch.int16, torch.int32))
+    codes = check_tensor(files, keys["codes"], dtypes=(torch.int8, torch.int32))
     if len(codes.shape) != 2:
         raise ValueError(
             f"{files.path.name}: {keys['codes']}: expected two axes, got {list(codes.shape)}. "
@@ -136,26 +117,19 @@ def _rank(files: TensorFile, layer: str, keys: Mapping[str, str], n: int, k: int
 
 
 def _describe_awq(files: TensorFile, layer: str, keys: Mapping[str, str]) -> LayerInfo:
-    codes = files.info[keys["codes"]]
-    names = ("wscales", "wzeros") if codes.dtype == torch.int32 else ("scales", "scaled_zeros")
-    require(files, layer, keys, dict(zip(("scales", "zeros"), names, strict=True)))
-    n, k = codes.shape[0] * 4, codes.shape[1] * (2 if codes.dtype == torch.int32 else 1)
-    if k % 64 or not n or not k:
+    require(files, layer, keys, {"scales": "wscales", "zeros": "wzeros"})
+    n, k = (size * times for size, times in zip(files.info[keys["codes"]].shape, (4, 2), strict=True))
+    if k % AWQ.group or not n or not k:
         raise ValueError(
-            f"{files.path.name}: {keys['codes']}: expected columns in multiples of 64, got {n} x {k}. "
+            f"{files.path.name}: {keys['codes']}: expected columns in multiples of {AWQ.group}, got {n} x {k}. "
             "The file is damaged or another dialect."
         )
-    try:
-        spec = spec_of({field: files.info[key] for field, key in keys.items()})
-    except ValueError as error:
-        raise ValueError(f"{files.path.name}: {keys['scales']}: {error}") from None
-    rows = k // 64 if codes.dtype == torch.int32 else _t5_rows(k, spec.group)
-    check_tensor(files, keys["scales"], shape=(rows, n))
-    check_tensor(files, keys["zeros"], shape=(rows, n))
+    for field in ("scales", "zeros"):
+        check_tensor(files, keys[field], shape=(k // AWQ.group, n))
     if "bias" in keys:
         check_tensor(files, keys["bias"], shape=(n,))
     forbid(files, keys, ("smooth", "down", "up", "second_scale", "row_scale"), " in a W4A16 layer")
-    return LayerInfo(spec, n, k, 0, layer_bytes(files, keys), keys)
+    return LayerInfo(AWQ, n, k, 0, layer_bytes(files, keys), keys)
 
 
 def decode_linear(tensors: Mapping[str, Tensor]) -> LinearWeights:
@@ -170,8 +144,7 @@ def decode_linear(tensors: Mapping[str, Tensor]) -> LinearWeights:
 def decode_fields(t: Mapping[str, Tensor], spec: QuantSpec) -> LinearWeights:
     """One linear from its stored tensors, by field."""
     if spec.format == "awq":
-        groups = t["codes"].view(torch.int16).shape[1] // spec.group
-        scales, zeros = (t[field][:groups].T.contiguous() for field in ("scales", "zeros"))
+        scales, zeros = (t[field].T.contiguous() for field in ("scales", "zeros"))
         return LinearWeights(
             spec, tiles.untile_awq_codes(t["codes"]), scales, zeros=zeros, bias=t.get("bias")
         )
@@ -216,7 +189,8 @@ def encode_linear(
     zero_bias    whether a layer without bias gets zeros; models built without bias want no key at all
     """
     if weights.spec.format == "awq":
-        return _encode_awq(weights, zero_bias) if weights.spec.group == AWQ.group else encode_t5(weights)
+        is_modulation = weights.spec.group == AWQ.group
+        return _encode_awq(weights, zero_bias) if is_modulation else nunchaku_t5.encode_linear(weights)
     tensors = {
         "qweight": tiles.tile_codes(tiles.pad_to(weights.codes, (128, 64), 0)),
         **_encode_scales(weights),
@@ -251,27 +225,12 @@ def _bias(w: LinearWeights, zero_bias: bool) -> Tensor | None:
 
 
 def _encode_awq(w: LinearWeights, zero_bias: bool) -> dict[str, Tensor]:
+    if w.out_features % 4:
+        raise ValueError(f"AWQ codes: expected rows in multiples of 4, got {w.out_features}. Pad the layer.")
     bias = _bias(w, zero_bias)
     return {
-        "qweight": _awq_codes(w).view(torch.int32),
+        "qweight": tiles.tile_awq_codes(w.codes).view(torch.int32),
         "wscales": w.scales.T.contiguous(),
         "wzeros": w.zeros.T.to(w.scales.dtype).contiguous(),
         **({} if bias is None else {"bias": bias}),
     }
-
-
-def encode_t5(w: LinearWeights) -> dict[str, Tensor]:
-    """An AWQ linear as the T5 encoder's file stores it: int16 codes, scale rows padded with zeros."""
-    extra = _t5_rows(w.in_features, w.spec.group) - w.scales.shape[1]
-    return {
-        "qweight": _awq_codes(w),
-        "scales": pad(w.scales.T, (0, 0, 0, extra)).contiguous(),
-        "scaled_zeros": pad(w.zeros.T.to(w.scales.dtype), (0, 0, 0, extra)).contiguous(),
-        **({} if w.bias is None else {"bias": w.bias}),
-    }
-
-
-def _awq_codes(w: LinearWeights) -> Tensor:
-    if w.out_features % 4:
-        raise ValueError(f"AWQ codes: expected rows in multiples of 4, got {w.out_features}. Pad the layer.")
-    return tiles.tile_awq_codes(w.codes)

@@ -13,6 +13,7 @@ from .demo import SVDQuantDemoPrompt, SVDQuantDemoVAE
 from .fetch_model import SVDQuantFetchModel
 from .inspect import SVDQuantInspect
 from .load_model import SVDQuantLoadModel
+from .load_text_encoder import SVDQuantLoadTextEncoder
 from .quantize import SVDQuantQuantize
 from .replacements import register_replacements
 from .sample import SVDQuantSample
@@ -28,6 +29,7 @@ class SVDQuantExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             SVDQuantLoadModel,
+            SVDQuantLoadTextEncoder,
             SVDQuantApplyLora,
             SVDQuantBakeLora,
             SVDQuantSample,

@@ -8,7 +8,6 @@ from ..loaders import hub
 from ..svdquant.adapters import folders
 
 OTHER = "other (name it below)"
-LOADABLE = [name for name, entry in hub.PUBLISHED.items() if entry.folder == folders.MODELS]
 
 
 class SVDQuantFetchModel(io.ComfyNode):
@@ -28,7 +27,7 @@ class SVDQuantFetchModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=[*LOADABLE, OTHER],
+                    options=[*hub.PUBLISHED, OTHER],
                     tooltip="A published checkpoint; int4 and fp4 both run on any device.",
                 ),
                 io.String.Input(

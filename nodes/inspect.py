@@ -23,8 +23,8 @@ class SVDQuantInspect(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folders.names(folders.MODELS),
-                    tooltip="A checkpoint; only its header is read.",
+                    options=[*folders.names(folders.MODELS), *folders.names(folders.TEXT_ENCODERS)],
+                    tooltip="A checkpoint or text encoder; only its header is read.",
                 ),
             ],
             outputs=[io.String.Output("report", display_name="report", tooltip="One line a layer.")],
@@ -33,7 +33,7 @@ class SVDQuantInspect(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
-        described = report.describe(open_checkpoint(folders.find(folders.MODELS, model_name)))
+        described = report.describe(open_checkpoint(folders.find(folders.kind_of(model_name), model_name)))
         device = comfy.model_management.get_torch_device()
         text = f"{report.as_text(described)}\n{report.computed_by(described, device)}"
         return io.NodeOutput(text, ui=ui.PreviewText(text))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyAPI, io
 
+ENCODERS = {name: name for name in ("text_encoder1", "text_encoder2", "t5_min_length")}
+
 # old node -> (ours, its widgets in their stored order, {our input: its input})
 REPLACEMENTS = {
     "NunchakuFluxDiTLoader": (
@@ -15,6 +17,16 @@ REPLACEMENTS = {
         "SVDQuantLoadModel",
         ["model_name", "cpu_offload", "num_blocks_on_gpu", "use_pin_memory"],
         {"model_name": "model_name"},
+    ),
+    "NunchakuTextEncoderLoader": (
+        "SVDQuantLoadTextEncoder",
+        ["model_type", "text_encoder1", "text_encoder2", "t5_min_length", "use_4bit_t5", "int4_model"],
+        ENCODERS,
+    ),
+    "NunchakuTextEncoderLoaderV2": (
+        "SVDQuantLoadTextEncoder",
+        ["model_type", "text_encoder1", "text_encoder2", "t5_min_length"],
+        ENCODERS,
     ),
     "NunchakuFluxLoraLoader": (
         "SVDQuantApplyLora",

@@ -8,6 +8,7 @@ from svdquant_nodes.tools.pack import ROOT
 
 NODE_IDS = {
     "SVDQuantLoadModel",
+    "SVDQuantLoadTextEncoder",
     "SVDQuantApplyLora",
     "SVDQuantBakeLora",
     "SVDQuantSample",

@@ -18,6 +18,7 @@ How one patch becomes branches is in joining.py, where branches are kept in resi
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping
 
 from comfy.patcher_extension import CallbacksMP
@@ -26,7 +27,7 @@ from . import bypass, joining
 from .budget import count_branches
 from .joining import Joined
 from .operations import quantized_linears
-from .patcher import shadow
+from .patcher import refuse_saving, shadow
 from .patches import Patch
 
 KEY = "svdquant"
@@ -36,7 +37,7 @@ log = logging.getLogger("svdquant-nodes")
 def attach(patcher) -> None:
     """Keep the branches of a freshly loaded patcher, and of all its clones, in step with its patches."""
     for event, callback in (
-        (CallbacksMP.ON_LOAD, lambda patcher, *_: set_branches(patcher)),
+        (CallbacksMP.ON_LOAD, _on_load),
         (CallbacksMP.ON_APPLY_HOOKS, lambda patcher, hooks: set_branches(patcher, hooks)),
         (CallbacksMP.ON_PREPARE_STATE, lambda patcher, *_: _drop_stale_hooks(patcher)),
         (CallbacksMP.ON_CLEANUP, lambda patcher: set_branches(patcher) if patcher.hook_patches else None),
@@ -50,10 +51,30 @@ def attach(patcher) -> None:
     _accompany(patcher)
 
 
+def _on_load(patcher, device, memory, merge: bool, full: bool) -> None:
+    if merge and patcher.is_clip:  # how older hosts begin to save a text encoder; newer ones ask first
+        refuse_saving()
+    set_branches(patcher)
+
+
 def _accompany(patcher) -> None:
     shadow(patcher)
     count_branches(patcher)
     bypass.watch(patcher)
+    if patcher.is_clip:
+        _follow_hooks(patcher)
+
+
+def _follow_hooks(patcher) -> None:
+    """A text encoder's hooks: the host switches their keyframes without the callback that models get."""
+    this = weakref.ref(patcher)
+
+    def patch_hooks(hooks) -> None:
+        host = this()
+        type(host).patch_hooks(host, hooks)
+        set_branches(host, hooks)
+
+    patcher.patch_hooks = patch_hooks
 
 
 def _accompany_clone(patcher, clone) -> None:

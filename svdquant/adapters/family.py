@@ -138,6 +138,7 @@ class Family:
     plain    tensors that stay 16-bit
     same     regular expression of 16-bit tensors whose stored name is the host's
     sizes    optional: checkpoint -> {stored pattern: (out_features, in_features)} where padding hides the true ones
+    kind     "diffusion model" | "text encoder": which node loads it
     """
 
     name: str
@@ -146,6 +147,7 @@ class Family:
     plain: tuple[Plain, ...] = ()
     same: str = ""
     sizes: Callable[[object], Mapping[str, tuple[int, int]]] | None = field(default=None, compare=False)
+    kind: str = "diffusion model"
 
     def matches(self, checkpoint) -> bool:
         """True when any quantized layer of the checkpoint carries the family's marker."""

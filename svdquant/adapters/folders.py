@@ -10,7 +10,7 @@ import comfy.utils
 import folder_paths
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
-MODELS, LORAS = "diffusion_models", "loras"
+MODELS, LORAS, TEXT_ENCODERS = "diffusion_models", "loras", "text_encoders"
 
 
 def register_demo() -> None:
@@ -22,6 +22,11 @@ def register_demo() -> None:
 def names(kind: str) -> list[str]:
     """The files of one of the host's model folders, as its own loaders list them."""
     return folder_paths.get_filename_list(kind)
+
+
+def kind_of(name: str) -> str:
+    """The kind of a file that was chosen from the lists of diffusion models and of text encoders."""
+    return TEXT_ENCODERS if name in names(TEXT_ENCODERS) and name not in names(MODELS) else MODELS
 
 
 def find(kind: str, name: str) -> Path:

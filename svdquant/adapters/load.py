@@ -46,7 +46,7 @@ def load_model(
     start, device = time.perf_counter(), comfy.model_management.get_torch_device()
     wide = widths.in_eight_bits(activations, device)
     checkpoint = open_checkpoint(Path(path))
-    family = _family_of(checkpoint)
+    family = family_of(checkpoint)
     mapped = family.map_names(checkpoint)
     progress = comfy.utils.ProgressBar(len(mapped.linears))
     state_dict = make_state_dict(checkpoint, mapped, lambda: progress.update(1), device if wide else None)
@@ -65,13 +65,19 @@ class Source:
         self.path, self.dialect, self.family = path, dialect, family
 
 
-def _family_of(checkpoint: Checkpoint) -> Family:
+def family_of(checkpoint: Checkpoint, kind: str = "diffusion model") -> Family:
+    """The family of a checkpoint. ValueError if it is unknown or of another kind."""
     family = resolve(checkpoint)
     if family is None:
         example = next(iter(checkpoint.info))
         raise ValueError(
             f"{checkpoint.path.name}: no known model family has a layer named {example!r}. "
             "Supported families are listed in the README; `tools/svdquant inspect` shows what the file holds."
+        )
+    if family.kind != kind:
+        node = "SVDQuant Load Text Encoder" if family.kind == "text encoder" else "SVDQuant Load Model"
+        raise ValueError(
+            f"{checkpoint.path.name}: expected a {kind}, got a {family.kind}. Load it with {node}."
         )
     return family
 
@@ -142,11 +148,11 @@ def _build(checkpoint: Checkpoint, state_dict: dict[str, Tensor], ops: ModuleTyp
             f"{checkpoint.path.name}: this ComfyUI does not recognise the model's shapes. "
             "Update ComfyUI, or check that the file is whole."
         )
-    _check_complete(checkpoint, patcher.model.diffusion_model, given)
+    check_complete(checkpoint, patcher.model.diffusion_model, given)
     return patcher
 
 
-def _check_complete(checkpoint: Checkpoint, model: torch.nn.Module, given: set[str]) -> None:
+def check_complete(checkpoint: Checkpoint, model: torch.nn.Module, given: set[str]) -> None:
     """Every tensor the host's class wants was in the file, and every one in the file was wanted."""
 
     def published(name: str) -> str:  # hosts renamed RMSNorm's `scale`; files keep the old name

@@ -38,10 +38,11 @@ def shadow(patcher) -> None:
 
     patcher.patch_weight_to_device = patch_weight_to_device
     patcher.patch_hook_weight_to_device = patch_hook_weight_to_device
-    patcher.state_dict_for_saving = _refuse_saving
+    patcher.state_dict_for_saving = patcher.model_state_dict_for_saving = refuse_saving
 
 
-def _refuse_saving(*_, **__) -> None:
+def refuse_saving(*_, **__) -> None:
+    """Say that there is nothing to save. Raises ValueError."""
     raise ValueError(
         "A 4-bit SVDQuant model cannot be saved by ComfyUI's save nodes, which expect 16-bit weights. "
         "Copy its file, or convert it with `tools/svdquant convert`."

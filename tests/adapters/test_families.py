@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from svdquant_nodes.svdquant.adapters import families
-from svdquant_nodes.svdquant.adapters.families import flux, native
+from svdquant_nodes.svdquant.adapters.families import flux, native, t5
 from svdquant_nodes.svdquant.adapters.family import Role, Source, apply_role, assemble, straighten
 from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.svdquant.core.weights import GELU_SHIFT
 from svdquant_nodes.tests.layers import random_linear
+from svdquant_nodes.tests.loaders.made import t5_xxl_shapes
 
 DOUBLE = [f"norm1{c}.linear" for c in ("", "_context")]
 DOUBLE += [f"{name}{c}" for name in ("qkv_proj", "out_proj") for c in ("", "_context")]
@@ -133,7 +134,7 @@ def test_the_hosts_own_names_are_native():
 
 
 def test_no_family():
-    assert families.resolve(checkpoint(["encoder.block.0.layer.0.SelfAttention.q"])) is None
+    assert families.resolve(checkpoint(["decoder.block.0.layer.0.SelfAttention.q"])) is None
 
 
 @pytest.mark.parametrize("splits", [3, 6])
@@ -174,3 +175,27 @@ def test_assemble_places_parts_and_joins_biases(axis):
         True,
         True,
     ]
+
+
+def test_every_name_of_a_full_size_t5_keeps_its_name():
+    """ComfyUI's T5 has Hugging Face's names; the second copy of the token table is left over."""
+    shapes = t5_xxl_shapes()
+    layers = [name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight")]
+    plain = [name for name in shapes if name.endswith(".weight")]
+    found = families.resolve(checkpoint(layers, plain))
+    assert found is t5.FAMILY and found.kind == "text encoder"
+    mapped = found.map_names(checkpoint(layers, plain))
+    assert {host: [name for name, _ in pieces] for host, pieces in mapped.linears.items()} == {
+        n: [n] for n in layers
+    }
+    again = "encoder.embed_tokens.weight"
+    assert {host: source.names for host, source in mapped.plain.items()} == {
+        n: (n,) for n in plain if n != again
+    }
+    assert mapped.left_over == (again,)
+
+
+def test_a_t5_with_one_copy_of_its_table_takes_that():
+    names = ["encoder.block.0.layer.0.SelfAttention.q"]
+    mapped = t5.FAMILY.map_names(checkpoint(names, ["encoder.embed_tokens.weight"]))
+    assert mapped.plain["shared.weight"].names == ("encoder.embed_tokens.weight",) and mapped.left_over == ()

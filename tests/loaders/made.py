@@ -126,6 +126,28 @@ def flux_dev_shapes(*, fp4: bool = False, d: int = 3072, double: int = 19, singl
     return {f"{m}.{tail}": value for m, tails in modules.items() for tail, value in tails.items()}
 
 
+def t5_xxl_shapes() -> dict[str, tuple[str, list[int]]]:
+    """Every tensor of the published T5-XXL."""
+    d, ff = 4096, 10240
+    table = ("F16", [32128, d])
+    shapes = {"shared.weight": table, "encoder.embed_tokens.weight": table}
+    shapes["encoder.final_layer_norm.weight"] = ("F16", [d])
+    shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = ("F16", [32, 64])
+    linears = {f"0.SelfAttention.{name}": (d, d) for name in "qkvo"}
+    linears |= {
+        f"1.DenseReluDense.{name}": (n, k) for name, n, k in (("wi_0", ff, d), ("wi_1", ff, d), ("wo", d, ff))
+    }
+    for block in range(24):
+        prefix = f"encoder.block.{block}.layer."
+        shapes |= {f"{prefix}{layer}.layer_norm.weight": ("F16", [d]) for layer in (0, 1)}
+        for name, (n, k) in linears.items():
+            shapes[f"{prefix}{name}.qweight"] = ("I16", [n // 4, k])
+            shapes |= {
+                f"{prefix}{name}.{tail}": ("F16", [k // 128, n]) for tail in ("scales", "scaled_zeros")
+            }
+    return shapes
+
+
 def sparse(path: Path, shapes: dict[str, tuple[str, list[int]]]) -> tuple[Path, int]:
     """A file of the right size whose tensor bytes are a hole, and how many bytes of tensors it claims."""
     header, position = {}, 0

@@ -88,7 +88,7 @@ W4A4 = {
     "bias-length": (dict(bias=torch.ones(129, dtype=T)), "x.bias: expected 128 elements"),
     "rows-not-padded": (dict(qweight=torch.ones(96, 64, dtype=torch.int8)), "x.qweight: expected rows .* got 96 x 128"),
     "codes-three-axes": (dict(qweight=torch.ones(2, 64, 64, dtype=torch.int8)), "x.qweight: expected two axes"),
-    "codes-as-floats": (dict(qweight=torch.ones(128, 64)), "x.qweight: expected int8 or int16 or int32, got float32"),
+    "codes-as-floats": (dict(qweight=torch.ones(128, 64)), "x.qweight: expected int8 or int32, got float32"),
     "scales-as-integers": (dict(wscales=torch.ones(2, 128).int()), "x.wscales: expected bfloat16 or float16"),
     "int4-with-tensor-scale": (dict(wtscale=torch.ones(1)), "x.wtscale: expected no such tensor in int4"),
     "int4-with-row-scale": (dict(wcscales=torch.ones(128)), "x.wcscales: expected no such tensor in int4"),
@@ -139,12 +139,6 @@ AWQ = {
 def test_bad_awq_layer(tmp_path, changes, message):
     tensors = made.layer("good") | changed(made.layer("x", "a0", "awq_w4a16"), changes)
     with pytest.raises(ValueError, match=f"^a.safetensors: .*{message}"):
-        open_checkpoint(made.save(tmp_path / "a.safetensors", tensors))
-
-
-def test_t5_scale_rows_fit_no_group(tmp_path):
-    tensors = changed(made.layer("x", "t0", "awq_w4a16"), dict(scales=torch.ones(9, 32).half()))
-    with pytest.raises(ValueError, match=r"x.scales: expected scale rows for groups of .*, got 9"):
         open_checkpoint(made.save(tmp_path / "a.safetensors", tensors))
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdquant_nodes.loaders.nunchaku_linear import V1, V2, decode_linear, encode_linear, encode_t5
+from svdquant_nodes.loaders.nunchaku_linear import V1, V2, decode_linear, encode_linear
 from svdquant_nodes.svdquant.core import tiles
-from svdquant_nodes.svdquant.core.int4 import pack_nibbles, unpack_unsigned
-from svdquant_nodes.svdquant.core.weights import INT4, LinearWeights, QuantSpec
+from svdquant_nodes.svdquant.core.int4 import pack_nibbles
+from svdquant_nodes.svdquant.core.weights import INT4, LinearWeights
 from svdquant_nodes.tests import golden, layers
 from svdquant_nodes.tests.loaders import made
 
@@ -82,20 +82,6 @@ def test_golden_modulation_both_ways(name):
     weights = golden.awq_linear(name[:2])
     assert made.same_tensors(decode_linear(packed(name)).tensors(), weights.tensors())
     assert made.same_tensors(encode_linear(weights), packed(name))
-
-
-@pytest.mark.parametrize("case, group", [("t0", 128), ("t1", 64)], ids=["group-128", "group-64-rows-padded"])
-def test_golden_t5_both_ways(case, group):
-    t = golden.case("awq_w4a16", f"{case}.logical")
-    weights = decode_linear(packed(case))
-    assert weights.spec == QuantSpec("awq", group)
-    assert made.same(unpack_unsigned(weights.codes), t["q"])
-    assert made.same(weights.scales, t["scale"]) and made.same(weights.zeros, -t["zero_scaled"])
-    assert made.same_tensors(encode_t5(weights), packed(case))
-
-
-def test_t5_group_chooses_the_t5_form():
-    assert made.same_tensors(encode_linear(decode_linear(packed("t0"))), packed("t0"))
 
 
 def test_v2_names_are_the_same_bytes():

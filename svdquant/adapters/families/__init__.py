@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from ..family import Family, Mapped, Role, apply_role
-from . import flux, native, qwen_image, sdxl, z_image
+from . import flux, native, qwen_image, sdxl, t5, z_image
 
 # The host's own names come last: their marker is the broadest.
-FAMILIES: tuple[Family, ...] = (flux.FAMILY, qwen_image.FAMILY, z_image.FAMILY, sdxl.FAMILY, native.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    flux.FAMILY,
+    qwen_image.FAMILY,
+    z_image.FAMILY,
+    sdxl.FAMILY,
+    t5.FAMILY,
+    native.FAMILY,
+)
 
 __all__ = ["FAMILIES", "Family", "Mapped", "Role", "apply_role", "resolve"]
 
