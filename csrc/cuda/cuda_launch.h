@@ -23,6 +23,9 @@ const char* gemm_int4(const Gemm& args, Product product, const Launch& launch);
 // means: core/reference.py gemm_nvfp4
 const char* gemm_nvfp4(const Gemm& args, const Launch& launch);
 
+// means: core/reference.py gemm_int8; sm_90a only
+const char* gemm_int8_hopper(const GemmInt8& args, const Launch& launch);
+
 // means: core/reference.py gemv_awq
 const char* gemv_awq(const Gemv& args, const Launch& launch);
 

@@ -19,6 +19,7 @@ from svdquant_nodes.svdquant.kernels import jit
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 CARDS = ("75", "80", "86", "89", "90a", "100a", "120a")
 NARROW = ("80", "86", "89")  # with products of 4-bit integers
+HOPPER = ("90a",)
 
 
 def on(cards: tuple[str, ...], *instructions: str) -> dict[str, set[str]]:
@@ -37,6 +38,7 @@ INSTRUCTIONS = {
     "quantize_int.cu": HALVES,
     "quantize_nvfp4.cu": HALVES,
     "gemv_awq.cu": on(CARDS),
+    "hopper_w8a8.cu": on(CARDS) | on(HOPPER, *(f"IGMMA.64x{n}x32.S8.S8" for n in (256, 192, 128, 96))),
     "entry.cu": on(CARDS),
 }
 UNITS = [
@@ -109,14 +111,26 @@ def test_tensor_core_instruction(source, card):
     sass = compiled(source, card).sass
     if sass is None:
         pytest.skip("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
-    products = set(re.findall(r"\b[A-Z]*MMA\.[A-Z0-9.]+", sass))
+    products = set(re.findall(r"\b[A-Z]*MMA\.[A-Z0-9.x]+", sass))
     expected = INSTRUCTIONS[source][card]
     assert expected <= products if expected else not products
-    if source.startswith("gemm"):
+    if source.startswith(("gemm", "hopper")):
         assert not re.search(r"\bRET\b", sass)
 
 
 def test_every_source_is_in_the_table():
-    assert {
-        file.name for file in CUDA.glob("*.cu") if not file.name.startswith("hopper")
-    } == INSTRUCTIONS.keys()
+    assert {file.name for file in CUDA.glob("*.cu")} == INSTRUCTIONS.keys()
+
+
+@pytest.mark.parametrize("source", [name for name in INSTRUCTIONS if name.startswith("hopper")])
+def test_hopper_is_used(source):
+    """The copy engine, registers shared out between warps, and products that the compiler does not wait for."""
+    made = compiled(source, *HOPPER)
+    assert not re.search(
+        r"\(C75\d\d\)", made.ptxas
+    )  # its words on serialized products and ignored setmaxnreg
+    if made.sass is None:
+        pytest.skip("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
+    assert {"UTMALDG.2D", "USETMAXREG.TRY_ALLOC.CTAPOOL", "USETMAXREG.DEALLOC.CTAPOOL"} <= set(
+        made.sass.split()
+    )

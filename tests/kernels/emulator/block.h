@@ -2,8 +2,9 @@
 // at barriers, and at warp instructions. What a GPU leaves undefined is an error here, with a sentence about it:
 //
 //   - a barrier or warp instruction that not all threads reach, or reach at different places
+//   - threads that wait for each other, or for what nobody will bring
 //   - shared memory read before it was written, or while a copy to it is on its way
-//   - shared memory touched by two threads, one of them writing, without a barrier between
+//   - shared memory touched by two threads, one of them writing, without a barrier between (shadow.h)
 //   - an access outside what the test handed over, or not a multiple of its size
 //
 // A warp runs as far as it can before the next one starts. `backwards` turns that order round.
@@ -12,6 +13,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -19,9 +21,11 @@
 #include <string>
 #include <vector>
 
+#include "engines.h"
+
 namespace emulator {
 
-constexpr int kWarp = 32;
+constexpr int kMostShared = 227 * 1024;  // bytes of a block, on the cards that have most
 constexpr size_t kStack = 256 * 1024;
 
 struct Dim {
@@ -34,7 +38,7 @@ struct Copy {  // of cp.async: `bytes` of `data` to a place in shared memory
   unsigned char data[16];
 };
 
-enum class State { kReady, kBarrier, kWarp, kDone };
+enum class State { kReady, kBarrier, kWarp, kWarpgroup, kPhase, kDone };
 
 struct Thread {
   Dim index{}, block{};
@@ -42,17 +46,14 @@ struct Thread {
   const char* where = "";              // what it waits for
   void* operand = nullptr;             // what it brings to a warp instruction
   void (*work)(void* const*) = nullptr;  // the instruction, given every lane's operand
+  const char* (*group_work)(void* const*) = nullptr;
   std::vector<Copy> issued;            // since the last commit
   std::vector<std::vector<Copy>> groups;
+  size_t phase_of = 0;  // the barrier in shared memory whose phase it waits for
+  unsigned parity = 0;
   ucontext_t start{};
   jmp_buf resume{};
   bool started = false;
-};
-
-// Who last touched a byte of shared memory, and between which barriers. -1: nobody, -2: several.
-struct Shadow {
-  int writer = -1, write_epoch = -1, reader = -1, read_epoch = -1;
-  bool on_its_way = false;
 };
 
 struct Range {
@@ -67,11 +68,14 @@ class Block {
   std::vector<Range> ranges;  // global memory; nothing is checked while it is empty
   bool backwards = false;
   std::string problem;
-  std::vector<unsigned char> shared;
+  Shared shared;
+  Engines engines{shared};
+  int multiprocessors = 4;
 
   const char* run(const std::function<void()>& kernel, int64_t grid_x, int64_t grid_y, int threads, int shared_bytes) {
     problem.clear();
     if (threads % kWarp) return fail_text("threads: not a multiple of 32");
+    if (shared_bytes > kMostShared) return fail_text("more shared memory than a block can have");
     for (int64_t y = 0; y < grid_y && problem.empty(); ++y) {
       for (int64_t x = 0; x < grid_x && problem.empty(); ++x) {
         run_block(kernel, {static_cast<unsigned>(x), static_cast<unsigned>(y)}, threads, shared_bytes);
@@ -81,6 +85,7 @@ class Block {
   }
 
   Thread& self() { return threads_[current_]; }
+  int number() const { return current_; }
 
   // Leave the kernel with a sentence.
   [[noreturn]] void fail(const std::string& text) {
@@ -103,9 +108,34 @@ class Block {
     wait(State::kWarp, where);
   }
 
+  // The same of the four warps of a warpgroup. `work` may not fail(), only answer with what is wrong.
+  void meet_warpgroup(const char* where, void* operand, const char* (*work)(void* const*)) {
+    self().operand = operand;
+    self().group_work = work;
+    wait(State::kWarpgroup, where);
+  }
+
+  // Until the phase of this parity has ended.
+  void wait_phase(size_t barrier, unsigned parity) {
+    check(engines.usable(barrier, current_));
+    self().phase_of = barrier;
+    self().parity = parity;
+    if (!engines.ended(barrier, parity)) wait(State::kPhase, "the end of a phase");
+    join(shared.order.heard[current_], engines.told(barrier));
+  }
+
+  void check(const char* wrong) {
+    if (wrong) fail(wrong);
+  }
+
   void check_global(const void* p, size_t bytes, bool writing) {
+    const bool aligned = reinterpret_cast<uintptr_t>(p) % bytes == 0;
+    if (!aligned) fail("global access of " + std::to_string(bytes) + " bytes is not aligned");
+    check_range(p, bytes, writing);
+  }
+
+  void check_range(const void* p, size_t bytes, bool writing) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(p);
-    if (at % bytes) fail("global access of " + std::to_string(bytes) + " bytes is not aligned");
     for (const Range& r : ranges) {
       if (at >= r.begin && at + bytes <= r.end && (r.writable || !writing)) return;
     }
@@ -113,33 +143,16 @@ class Block {
   }
 
   size_t shared_offset(const void* p, size_t bytes) {
-    const size_t at = static_cast<const unsigned char*>(p) - shared.data();
+    const size_t at = static_cast<const unsigned char*>(p) - shared.bytes.data();
     if (at % bytes) fail("shared access of " + std::to_string(bytes) + " bytes is not aligned");
-    if (at + bytes > shared.size()) fail("shared access outside the block's memory");
+    if (at + bytes > shared.bytes.size()) fail("shared access outside the block's memory");
     return at;
   }
 
-  void read_shared(const void* p, size_t bytes) {
-    const size_t at = shared_offset(p, bytes);
-    for (size_t i = at; i < at + bytes; ++i) {
-      Shadow& s = shadow_[i];
-      if (s.on_its_way) fail("shared memory is read while a copy to it is on its way");
-      if (s.writer == -1) fail("shared memory is read before it was written");
-      if (s.write_epoch == epoch_ && s.writer != current_) fail("race: read and written without a barrier between");
-      s.reader = s.read_epoch == epoch_ && s.reader != current_ ? -2 : current_;
-      s.read_epoch = epoch_;
-    }
-  }
+  void read_shared(const void* p, size_t bytes) { check(shared.read(shared_offset(p, bytes), bytes, current_)); }
 
   void write_shared(size_t at, size_t bytes, bool on_its_way = false) {
-    for (size_t i = at; i < at + bytes; ++i) {
-      Shadow& s = shadow_[i];
-      if (s.read_epoch == epoch_ && s.reader != current_) fail("race: written and read without a barrier between");
-      if (s.write_epoch == epoch_ && s.writer != current_) fail("race: written twice without a barrier between");
-      s.writer = current_;
-      s.write_epoch = epoch_;
-      s.on_its_way = on_its_way;
-    }
+    check(shared.write(at, bytes, current_, on_its_way));
   }
 
   void issue(const Copy& copy) {
@@ -157,7 +170,7 @@ class Block {
     auto& groups = self().groups;
     while (static_cast<int>(groups.size()) > pending) {
       for (const Copy& c : groups.front()) {
-        std::memcpy(shared.data() + c.at, c.data, c.bytes);
+        std::memcpy(shared.bytes.data() + c.at, c.data, c.bytes);
         write_shared(c.at, c.bytes);
       }
       groups.erase(groups.begin());
@@ -172,36 +185,76 @@ class Block {
 
   void run_block(const std::function<void()>& kernel, Dim block, int threads, int shared_bytes) {
     kernel_ = &kernel;
-    epoch_ = 0;
-    shared.assign(shared_bytes, 0xA5);
-    shadow_.assign(shared_bytes, {});
+    shared.reset(shared_bytes, threads);
+    engines.reset(threads);
     threads_.assign(threads, {});
     if (stacks_.size() < threads * kStack) stacks_.resize(threads * kStack);
     for (int i = 0; i < threads; ++i) {
       threads_[i].index = {static_cast<unsigned>(i), 0};
       threads_[i].block = block;
     }
-    const int warps = threads / kWarp;
-    for (bool done = false; !done && problem.empty();) {
-      for (int w = 0; w < warps && problem.empty(); ++w) run_warp((backwards ? warps - 1 - w : w) * kWarp);
-      if (problem.empty()) done = cross_barrier();
+    while (problem.empty() && !all_done()) {
+      // Copies end as late as they can: when nobody can do anything else.
+      if (!run_warps() && problem.empty() && !run_warpgroups() && problem.empty() && !engines.deliver(backwards)) {
+        cross_barrier();
+      }
     }
+    if (problem.empty() && engines.unfinished()) fail_text(engines.unfinished());
   }
 
-  // Let a warp run until each of its threads is done or waits for the block.
-  void run_warp(int first) {
-    for (bool moved = true; moved && problem.empty();) {
+  bool all_done() const {
+    return std::all_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state == State::kDone; });
+  }
+
+  // Returns whether any thread could move.
+  bool run_warps() {
+    bool moved = false;
+    const int warps = static_cast<int>(threads_.size()) / kWarp;
+    for (int w = 0; w < warps && problem.empty(); ++w) moved |= run_warp((backwards ? warps - 1 - w : w) * kWarp);
+    return moved;
+  }
+
+  // Let a warp run until each of its threads is done or waits for others than its warp.
+  bool run_warp(int first) {
+    bool any = false;
+    for (bool moved = true; moved && problem.empty(); any |= moved) {
       moved = false;
       for (int i = first; i < first + kWarp && problem.empty(); ++i) {
-        if (threads_[i].state != State::kReady) continue;
+        Thread& t = threads_[i];
+        if (t.state == State::kPhase && engines.ended(t.phase_of, t.parity)) t.state = State::kReady;
+        if (t.state != State::kReady) continue;
         enter(i);
         moved = true;
       }
-      if (problem.empty() && threads_[first].state == State::kWarp) moved = carry_out(first);
+      if (problem.empty() && threads_[first].state == State::kWarp) moved |= carry_out(first);
     }
+    const auto begin = threads_.begin() + first, end = begin + kWarp;
+    const auto waits = [](const Thread& t) { return t.state == State::kPhase || t.state == State::kWarpgroup; };
+    if (std::any_of(begin, end, waits)) return any;  // the others of this warp may have to wait for these
     for (int i = first; i < first + kWarp && problem.empty(); ++i) {
       if (threads_[i].state == State::kWarp) fail_text(std::string("not all lanes reached ") + threads_[i].where);
     }
+    return any;
+  }
+
+  // Carry out an instruction that all threads of a warpgroup have reached.
+  bool run_warpgroups() {
+    constexpr int kSize = 4 * kWarp;
+    bool moved = false;
+    for (size_t first = 0; first + kSize <= threads_.size() && problem.empty(); first += kSize) {
+      void* operands[kSize];
+      const auto begin = threads_.begin() + first, end = begin + kSize;
+      const auto same = [&](const Thread& t) {
+        return t.state == State::kWarpgroup && t.group_work == begin->group_work;
+      };
+      if (!std::all_of(begin, end, same)) continue;
+      for (int i = 0; i < kSize; ++i) operands[i] = begin[i].operand, begin[i].state = State::kReady;
+      if (const char* wrong = begin->group_work(operands)) {
+        fail_text(std::string(wrong) + " (warpgroup " + std::to_string(first / kSize) + ")");
+      }
+      moved = true;
+    }
+    return moved;
   }
 
   bool carry_out(int first) {
@@ -216,21 +269,22 @@ class Block {
     return true;
   }
 
-  // All threads stand at the barrier: let them pass. Returns whether all are done.
-  bool cross_barrier() {
-    size_t waiting = 0, done = 0;
+  // All threads stand at the barrier: let them pass.
+  void cross_barrier() {
+    size_t waiting = 0;
     for (const Thread& t : threads_) {
       waiting += t.state == State::kBarrier;
-      done += t.state == State::kDone;
+      if (t.state != State::kPhase && t.state != State::kWarpgroup) continue;
+      fail_text(std::string("deadlock: thread ") + std::to_string(t.index.x) + " waits for " + t.where +
+                (t.state == State::kPhase ? engines.name(t.phase_of) : ", which its warpgroup does not reach"));
+      return;
     }
-    if (done == threads_.size()) return true;
     if (waiting != threads_.size()) {
       fail_text("a barrier was reached by " + std::to_string(waiting) + " of " + std::to_string(threads_.size()) +
                 " threads");
     }
     for (Thread& t : threads_) t.state = State::kReady;
-    ++epoch_;
-    return false;
+    ++shared.order.epoch;
   }
 
   // Run a thread until it waits.
@@ -256,9 +310,8 @@ class Block {
   const std::function<void()>* kernel_ = nullptr;
   std::vector<Thread> threads_;
   std::vector<char> stacks_;
-  std::vector<Shadow> shadow_;
   jmp_buf scheduler_{};
-  int current_ = 0, epoch_ = 0;
+  int current_ = 0;
 };
 
 inline Block& Block::current() {

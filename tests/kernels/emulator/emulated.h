@@ -11,6 +11,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define threadIdx (emulator::Block::current().self().index)
 #define blockIdx (emulator::Block::current().self().block)
 
@@ -31,7 +32,7 @@ namespace svdquant::cuda {
 
 using emulator::Block;
 
-inline char* shared_memory() { return reinterpret_cast<char*>(Block::current().shared.data()); }
+inline char* shared_memory() { return reinterpret_cast<char*>(Block::current().shared.bytes.data()); }
 
 template <class T>
 T ld_global(const T* from) {
@@ -98,12 +99,6 @@ T shuffle_xor(T value, int mask) {
   return mine.result;
 }
 
-inline float divide(float a, float b) { return a / b; }
-inline float multiply(float a, float b) { return a * b; }
-inline float add(float a, float b) { return a + b; }
-inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
-inline float round_to_even(float a) { return std::nearbyint(a); }
-
 inline float as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, 4);
@@ -115,6 +110,20 @@ inline unsigned as_bits(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
+
+// What a calculation makes of a product's sums before they were waited for.
+inline float not_poison(float value) {
+  if (value != value && (as_bits(value) & 0x7fffffff) == emulator::kPoison) {
+    Block::current().fail("wgmma: sums are used before the product was waited for");
+  }
+  return value;
+}
+
+inline float divide(float a, float b) { return a / b; }
+inline float multiply(float a, float b) { return not_poison(a * b); }
+inline float add(float a, float b) { return not_poison(a + b); }
+inline float fused_multiply_add(float a, float b, float c) { return not_poison(std::fma(a, b, c)); }
+inline float round_to_even(float a) { return std::nearbyint(a); }
 
 inline unsigned pick_bytes(unsigned a, unsigned b, unsigned selector) {
   const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;

@@ -1,0 +1,110 @@
+// How a product is divided on Hopper: tiles of the output, the order they are taken in, and what lies where in a
+// block's shared memory. Pure functions of sizes.
+//
+//     block 128 x N    warpgroup 64 x N    warp 16 x N         N = 256, 192, 128 or 96
+//     +-----------+
+//     |     0     |    a step is 128 bytes of K: rows of 128 bytes, in the order that the copy engine's swizzle makes
+//     |-----------|    and wgmma reads
+//     |     1     |
+//     +-----------+
+//
+// One block an SM takes tile after tile, so that one tile's first copies run while another's last numbers are stored.
+#pragma once
+
+#include "hopper_ptx.cuh"
+#include "run.cuh"
+
+namespace svdquant::cuda {
+
+constexpr int kTileRows = 128, kStepBytes = 128;
+constexpr int kGroups = 2;                       // warpgroups that multiply
+constexpr int kBlockThreads = 128 * (1 + kGroups);  // the first one brings operands
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+static_assert(128 * (kProducerRegisters + kGroups * kConsumerRegisters) <= 65536, "registers of an SM");
+
+constexpr int kRanksAtOnce = 32;                          // of the branch
+constexpr int kStoreRows = 8, kStoreRowBytes = 128 + 16;  // what a warp stores at once; 16 more keep banks apart
+constexpr int kSharedLimit = 227 * 1024, kSwizzleBytes = 1024;
+
+// kScaleBytes: scales that come with a step's codes, of acts and as many of weights.
+template <int kColumns, int kScaleBytes = 0>
+struct HopperTile {
+  static constexpr int kN = kColumns;
+  static constexpr int kSums = kN / 2;  // of a thread
+  static constexpr int kActsBytes = kTileRows * kStepBytes, kWeightsBytes = kN * kStepBytes;
+  static constexpr int kStageBytes = kActsBytes + kWeightsBytes + 2 * kScaleBytes;
+  static constexpr int kUpBytes = kN * kRanksAtOnce * 2;
+  static constexpr int kStoreBytes = kGroups * 4 * kStoreRows * kStoreRowBytes;
+  static constexpr int kFixedBytes = kUpBytes + 2 * kN * 4 + kStoreBytes + 256;  // 256 for barriers
+  static constexpr int kStages = (kSharedLimit - kSwizzleBytes - kFixedBytes) / kStageBytes;
+  static constexpr int kSharedBytes = kSwizzleBytes + kStages * kStageBytes + kFixedBytes;
+  static_assert(kStages >= 4 && (2 * kStages + 2) * 8 <= 256 && kStageBytes % kSwizzleBytes == 0, "shared memory");
+};
+
+// Where things are in a block's memory. Stages begin at multiples of 1024, which swizzled rows need.
+template <class T>
+struct BlockMemory {
+  char* stages;
+  char* up;      // [kN / 8][ranks / 8][8][8] bf16
+  float* scale;  // [kN] of weights
+  float* bias;   // [kN]
+  char* store;   // [8 warps][8][144] bytes
+  uint64_t* full;  // [stages]
+  uint64_t* empty;
+  uint64_t* side_full;
+  uint64_t* side_empty;
+
+  __device__ __forceinline__ BlockMemory() {
+    char* memory = shared_memory();
+    stages = memory + (kSwizzleBytes - shared_address(memory) % kSwizzleBytes) % kSwizzleBytes;
+    up = stages + T::kStages * T::kStageBytes;
+    scale = reinterpret_cast<float*>(up + T::kUpBytes);
+    bias = scale + T::kN;
+    store = reinterpret_cast<char*>(bias + T::kN);
+    full = reinterpret_cast<uint64_t*>(store + T::kStoreBytes);
+    empty = full + T::kStages;
+    side_full = empty + T::kStages;
+    side_empty = side_full + 1;
+  }
+};
+
+// ---- which tile ----
+
+constexpr int kTileColumns[] = {256, 192, 128, 96};
+
+// Columns of the tile that takes the least time: rounds of all SMs, times what a tile costs. The cost of a tile is its
+// columns and some 32 more: narrow ones read more operands for each product and stop more often.
+constexpr int choose_tile_columns(int64_t m, int64_t n, int64_t sms) {
+  int best = 0;
+  int64_t least = 0;
+  for (const int columns : kTileColumns) {
+    const int64_t tiles = ceil_div(m, kTileRows) * ceil_div(n, columns);
+    const int64_t cost = ceil_div(tiles, sms) * (columns + 32);
+    if (!best || cost < least) best = columns, least = cost;
+  }
+  return best;
+}
+
+// ---- in which order ----
+
+struct TileGrid {
+  int row_tiles, column_tiles, blocks;
+  __host__ __device__ constexpr int tiles() const { return row_tiles * column_tiles; }
+};
+
+struct TileAt {
+  int row, column;  // counted in tiles
+};
+
+// Sixteen tiles down before one to the right: the tiles that some 130 SMs hold at a time are then about as high as
+// wide, and share most of what they read in the second-level cache.
+constexpr int kTilesDown = 16;
+
+__host__ __device__ constexpr TileAt tile_at(const TileGrid& grid, int tile) {
+  const int band = tile / (kTilesDown * grid.column_tiles), first = band * kTilesDown;
+  const int down = grid.row_tiles - first < kTilesDown ? grid.row_tiles - first : kTilesDown;
+  const int within = tile - first * grid.column_tiles;
+  return {first + within % down, within / down};
+}
+
+}  // namespace svdquant::cuda

@@ -1,0 +1,54 @@
+"""The Hopper kernels on a CPU: as emulated.py, with the engines of sm_90a beside the threads."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdquant_nodes.svdquant.core.weights import LinearWeights
+
+from .emulated import Floats, Kernels, Output, _data, _floats, _output, _poisoned, _struct, library
+
+ARCH = 90
+_SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
+GemmInt8 = _struct(
+    "GemmInt8",
+    **dict.fromkeys("mnkr", _SIZE),
+    **dict.fromkeys(("codes", "scales", "hidden", "weight_codes", "weight_scales"), _POINTER),
+    up=Floats,
+    bias=Floats,
+    out=Output,
+)
+
+
+@dataclass(frozen=True)
+class Hopper(Kernels):
+    """The kernels of a card with so many SMs: few blocks take many tiles each, many one."""
+
+    arch: int = ARCH
+    sms: int = 4
+
+    def gemm_int8(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As core.reference.gemm_int8."""
+        (m, k), n, w = codes.shape, weights.out_features, weights
+        out = _poisoned(m, n, dtype=dtype) if out is None else out
+        kernels = library(self.arch)
+        assert kernels.size_of_gemm_int8() == ctypes.sizeof(GemmInt8), "not what csrc/launch.h says"
+        kernels.set_multiprocessors(self.sms)
+        pointers = map(_data, (codes, scales, hidden, w.codes, w.scales))
+        args = GemmInt8(m, n, k, w.rank, *pointers, _floats(w.up), _floats(w.bias), _output(out))
+        read = (codes, scales, hidden, w.codes, w.scales, w.up, w.bias)
+        self._call("gemm_int8_hopper", args, read=read, written=(out,))
+        return out

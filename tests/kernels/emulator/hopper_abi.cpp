@@ -1,0 +1,21 @@
+// What the tests of the Hopper kernels call, by ctypes.
+#include "cuda_launch.h"
+#include "hopper_tile.cuh"
+
+using namespace svdquant;
+
+extern "C" {
+
+void set_multiprocessors(int count) { emulator::Block::current().multiprocessors = count; }
+
+int size_of_gemm_int8() { return sizeof(GemmInt8); }
+
+const char* gemm_int8_hopper(const GemmInt8* args) { return cuda::gemm_int8_hopper(*args, {}); }
+
+int choose_tile_columns(int64_t m, int64_t n, int64_t sms) { return cuda::choose_tile_columns(m, n, sms); }
+
+void tile_at(int row_tiles, int column_tiles, int tile, int* row, int* column) {
+  const cuda::TileAt at = cuda::tile_at({row_tiles, column_tiles, 1}, tile);
+  *row = at.row, *column = at.column;
+}
+}

@@ -1,0 +1,72 @@
+"""Emulated engines of sm_90a: a product against the tables of the PTX ISA, every mistake they have to notice."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from svdquant_nodes.tests.kernels.emulated import COMPILER, library
+from svdquant_nodes.tests.kernels.emulated_hopper import ARCH
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
+
+ROWS, COLUMNS, DEPTH = 64, 96, 256
+
+MISTAKES = {
+    "no-barrier-after-init": "its initialisation",
+    "no-init-fence": "without a fence after its initialisation",
+    "bytes-that-never-come": "lacks 0 arrivals and 16 bytes",
+    "unaligned-copy": "not a multiple of 128 bytes",
+    "every-lane-speaks": "deadlock",
+    "no-wait-for-full": "a product reads shared memory",
+    "no-wait-for-empty": "more arrivals in a phase",
+    "empty-too-early": "overwritten while a product reads it",
+    "one-warp-speaks": "overwritten while a product reads it",
+    "one-copy-too-many": "ended while a copy was on its way",
+    "stored-without-fence": "without a fence for asynchronous reads",
+    "no-wgmma-fence": "starts without a wgmma_fence",
+    "sums-changed-after-fence": "changed after the last wgmma_fence",
+    "sums-before-wait": "used before the product was waited for",
+    "sums-written-before-wait": "changed while a product was running",
+    "half-a-warpgroup": "which its warpgroup does not reach",
+    "different-operands": "bring different operands",
+    "never-waited": "ended while a product was running",
+}
+
+
+def run(name, *, backwards):
+    generator = torch.Generator().manual_seed(2)
+    left, right = (
+        torch.randint(-128, 128, (rows, DEPTH), generator=generator).to(torch.int8)
+        for rows in (ROWS, COLUMNS)
+    )
+    out = torch.zeros(128, COLUMNS // 2, dtype=torch.int32)
+    kernels = library(ARCH)
+    kernels.forget()
+    for tensor, writable in ((left, False), (right, False), (out, True)):
+        size = ctypes.c_int64(tensor.numel() * tensor.element_size())
+        kernels.allow(ctypes.c_void_p(tensor.data_ptr()), size, writable)
+    kernels.run_backwards(backwards)
+    kernels.make_hopper_mistake.restype = ctypes.c_char_p
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (left, right, out)]
+    answer = kernels.make_hopper_mistake(name.encode(), *pointers)
+    return answer and answer.decode(), left, right, out
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["in-order", "backwards"])
+def test_right_kernel_multiplies(backwards):
+    """Row and column of a thread's sums: "Register fragments for wgmma", matrix D of m64nNk32."""
+    answer, left, right, out = run("none", backwards=backwards)
+    assert answer is None
+    thread, i = torch.meshgrid(torch.arange(128), torch.arange(COLUMNS // 2), indexing="ij")
+    row = thread // 32 * 16 + thread % 32 // 4 + torch.where(i % 4 < 2, 0, 8)
+    column = i // 4 * 8 + thread % 4 * 2 + i % 2
+    assert torch.equal(out, (left.int() @ right.int().T)[row, column])
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["in-order", "backwards"])
+@pytest.mark.parametrize(("name", "sentence"), MISTAKES.items(), ids=MISTAKES)
+def test_mistake_is_noticed(name, sentence, backwards):
+    assert sentence in (run(name, backwards=backwards)[0] or "nothing")

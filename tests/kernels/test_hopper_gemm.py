@@ -1,0 +1,150 @@
+"""The Hopper products, emulated: whole layers against the reference, integer sums to the bit, every tile."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+
+from svdquant_nodes.svdquant.core import reference
+from svdquant_nodes.svdquant.core.weights import INT8, LinearWeights
+from svdquant_nodes.tests import layers
+from svdquant_nodes.tests.kernels.emulated import COMPILER, KernelError, library
+from svdquant_nodes.tests.kernels.emulated_hopper import ARCH, Hopper
+from svdquant_nodes.tests.tolerances import assert_close
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
+
+SHAPES = {  # M, N, K, R
+    "m=1-one-token": (1, 96, 128, 16),
+    "m=17-tail": (17, 72, 208, 48),
+    "m=130-two-rows-of-tiles": (130, 128, 128, 32),
+    "n=1-one-output": (3, 1, 64, 16),
+    "n=67-odd": (5, 67, 128, 32),
+    "n=130-tile-192": (9, 130, 144, 32),
+    "n=200-tile-256": (70, 200, 272, 32),
+    "n=520-three-tiles": (20, 520, 128, 16),
+    "k=16-part-of-a-step": (2, 40, 16, 0),
+    "k=1680-stages-go-round": (3, 40, 1680, 0),
+    "r=0-no-branch": (4, 64, 128, 0),
+    "r=33-odd": (4, 64, 128, 33),
+    "r=128-four-turns": (20, 64, 128, 128),
+    "m=0-empty": (0, 64, 64, 16),
+}
+DTYPE_NAMES = {torch.float32: "split_branch", torch.bfloat16: "bf16_output", torch.float16: "fp16_output"}
+
+
+def inputs(m, n, k, r, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(5)
+    codes, weight_codes = (
+        torch.randint(-127, 128, (rows, k), generator=generator).to(torch.int8) for rows in (m, n)
+    )
+    scales, weight_scales = (torch.rand(rows, 1, generator=generator) * 0.01 + 0.001 for rows in (m, n))
+    branch = dict(smooth=torch.ones(k), down=torch.zeros(r, k), up=layers.random(n, r, seed=7, dtype=dtype))
+    bias = layers.random(n, seed=8, dtype=dtype)
+    weights = LinearWeights(INT8, weight_codes, weight_scales, bias=bias, **branch)
+    return codes, scales, layers.random(m, r, seed=6), weights
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["in-order", "backwards"])
+@pytest.mark.parametrize(("m", "n", "k", "r"), SHAPES.values(), ids=SHAPES)
+def test_gemm_int8(backwards, m, n, k, r):
+    args = inputs(m, n, k, r)
+    got = Hopper(backwards=backwards, sms=1).gemm_int8(*args)
+    assert_close(got, reference.gemm_int8(*args), "split_branch")
+
+
+@pytest.mark.parametrize("sms", [1, 3, 132], ids="sms={}".format)
+def test_blocks_take_tiles_in_turn(sms):
+    args = inputs(260, 300, 272, 40)
+    got = Hopper(sms=sms).gemm_int8(*args)
+    assert_close(got, reference.gemm_int8(*args), "split_branch")
+
+
+@pytest.mark.parametrize("n", [90, 120, 180, 250], ids=["tile-96", "tile-128", "tile-192", "tile-256"])
+def test_sums_to_the_bit(n):
+    """Scales of 1 and no branch: the output is the sum of integers, with the largest that K = 1024 allows."""
+    codes, _, _, weights = inputs(130, n, 1024, 0)
+    codes[3], weights.codes[5], weights.codes[6] = 127, 127, -127
+    weights = replace(weights, scales=torch.ones(n, 1), bias=None)
+    got = Hopper(sms=1).gemm_int8(codes, torch.ones(130, 1), torch.zeros(130, 0), weights)
+    assert torch.equal(got, (codes.long() @ weights.codes.long().T).float())
+
+
+@pytest.mark.parametrize("weight_type", layers.DTYPES.values(), ids=[f"w-{name}" for name in layers.DTYPES])
+@pytest.mark.parametrize("dtype", layers.DTYPES.values(), ids=layers.DTYPES)
+def test_types(weight_type, dtype):
+    """Every type of up and bias, and every type of output, at an odd N."""
+    args = inputs(21, 67, 128, 40, weight_type)
+    got = Hopper().gemm_int8(*args, dtype=dtype)
+    assert got.dtype == dtype
+    assert_close(got, reference.gemm_int8(*args), DTYPE_NAMES[dtype])
+
+
+def test_fp16_output_saturates():
+    codes, scales, hidden, weights = inputs(2, 64, 64, 16)
+    got = Hopper().gemm_int8(codes, scales * 1e6, hidden, weights, dtype=torch.float16)
+    assert got.abs().max() == 65504
+
+
+@pytest.mark.parametrize("start", [0, 1], ids=["aligned", "unaligned"])
+def test_writes_into_rows_that_lie_apart(start):
+    args = inputs(19, 72, 128, 16)
+    wide = torch.full((19, 88), 7.0, dtype=torch.bfloat16)
+    Hopper().gemm_int8(*args, out=wide[:, start : start + 72])
+    assert_close(wide[:, start : start + 72], reference.gemm_int8(*args), "bf16_output")
+    assert (wide[:, :start] == 7).all() and (wide[:, start + 72 :] == 7).all()
+
+
+def test_up_of_which_rows_lie_apart():
+    codes, scales, hidden, weights = inputs(5, 64, 128, 16)
+    wide = torch.full((64, 40), float("nan"), dtype=weights.up.dtype)
+    wide[:, 3:19] = weights.up
+    weights = replace(weights, up=wide[:, 3:19], bias=None)
+    args = codes, scales, hidden, weights
+    assert_close(Hopper().gemm_int8(*args), reference.gemm_int8(*args), "split_branch")
+
+
+def test_refusals():
+    codes, scales, hidden, weights = inputs(2, 64, 64, 16)
+    shifted = torch.zeros(1 + codes.numel(), dtype=torch.int8)[1:].view(2, 64)
+    with pytest.raises(KernelError, match="multiple of 16 bytes"):
+        Hopper().gemm_int8(shifted, scales, hidden, weights)
+
+
+# ---- how the work is divided ----
+
+TILES = {  # M, N, columns of the tile on 132 SMs
+    "image-tokens-wide": (4608, 12288, 256),
+    "image-tokens-square": (4608, 3072, 192),
+    "text-tokens": (512, 3072, 96),
+    "one-token": (1, 3072, 96),
+    "sdxl": (8192, 5120, 256),
+}
+
+
+@pytest.mark.parametrize(("m", "n", "columns"), TILES.values(), ids=TILES)
+def test_choice_of_tile(m, n, columns):
+    assert library(ARCH).choose_tile_columns(*map(ctypes.c_int64, (m, n, 132))) == columns
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (36, 48), (17, 3), (5, 40)], ids="{}".format)
+def test_every_tile_is_taken_once(rows, columns):
+    row, column = ctypes.c_int(), ctypes.c_int()
+    taken = []
+    for tile in range(rows * columns):
+        library(ARCH).tile_at(rows, columns, tile, ctypes.byref(row), ctypes.byref(column))
+        taken.append((row.value, column.value))
+    assert sorted(taken) == [(r, c) for r in range(rows) for c in range(columns)]
+
+
+def test_tiles_of_a_wave_are_near_each_other():
+    """132 tiles of a large output touch few rows and columns, whose operands the cache then holds."""
+    row, column = ctypes.c_int(), ctypes.c_int()
+    places = []
+    for tile in range(132, 264):
+        library(ARCH).tile_at(36, 48, tile, ctypes.byref(row), ctypes.byref(column))
+        places.append((row.value, column.value))
+    assert len({r for r, _ in places}) + len({c for _, c in places}) <= 26
