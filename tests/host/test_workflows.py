@@ -1,0 +1,65 @@
+"""Every workflow's API form passes the validation of a real ComfyUI, with empty files in place of the models.
+
+The files are made from what the page form offers to download, so a model that it forgets is refused here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import pytest
+
+from svdquant_nodes.tools.host.client import PromptRefused
+from svdquant_nodes.tools.host.places import ROOT
+from svdquant_nodes.tools.workflows import WORKFLOWS
+
+
+@pytest.fixture(scope="module")
+def with_files(comfy):
+    """The host with a file of every name that a workflow loads."""
+    made = []
+
+    def put(folder, name):
+        path = comfy.base_dir / "models" / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.touch()
+            made.append(path)
+
+    for workflow in WORKFLOWS:
+        drawn = json.loads((ROOT / "workflows" / f"{workflow.name}.json").read_text(encoding="utf-8"))
+        for node in drawn["nodes"]:
+            for model in node["properties"].get("models", ()):
+                put(model["directory"], model["name"])
+        for name, _ in workflow.made:
+            put("diffusion_models", name)
+    image = comfy.base_dir / "input" / "example.png"
+    shutil.copy(comfy.server.host.tree / "input" / "example.png", image)
+    made.append(image)
+    yield comfy
+    for path in made:
+        path.unlink()
+
+
+def wait_for(comfy, number):
+    deadline = time.monotonic() + 120
+    while comfy.client.history(number) is None:
+        assert time.monotonic() < deadline, "the prompt did not end"
+        time.sleep(0.1)
+    return comfy.client.history(number)
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.name)
+def test_workflow_is_accepted(with_files, workflow):
+    prompt = json.loads((ROOT / "workflows" / "api" / f"{workflow.name}.json").read_text(encoding="utf-8"))
+    number = with_files.client.queue(prompt)  # raises PromptRefused
+    wait_for(with_files, number)
+
+
+def test_a_model_that_is_missing_is_refused_by_name(comfy):
+    prompt = json.loads((ROOT / "workflows" / "api" / "flux1-dev.json").read_text(encoding="utf-8"))
+    prompt["1"]["inputs"]["model_name"] = "not-here.safetensors"
+    with pytest.raises(PromptRefused, match=r"SVDQuantLoadModel: .*not-here\.safetensors"):
+        comfy.client.run(prompt)

@@ -1,0 +1,40 @@
+"""The page about the workflows: what each shows, and what it asks of a machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from .graph import Workflow
+
+AROUND = 2.0  # GB that activations take beside a model, at one megapixel
+HEAD = """# Workflows
+
+In ComfyUI: *Workflow → Browse Templates → svdquant-nodes*. Without a page: POST a file of [`api/`](api) to ComfyUI's
+`/prompt`. Each has a note that says what to change first and where its files go.
+
+| template | shows | download, GB | VRAM, GB |
+| --- | --- | --- | --- |
+"""
+FOOT = """
+*Download* counts every file once, text encoders and VAE included; many workflows share them. *VRAM* is an estimate, not
+a measurement: the diffusion model with LoRA or ControlNet, and 2 GB for activations at one megapixel. Text encoders
+leave the GPU before sampling. ComfyUI keeps what does not fit in RAM, which is slower. The image editing workflows
+start with ComfyUI's own `example.png`.
+
+`tools/make_workflows.py` writes everything here from the descriptions in `tools/workflows/`.
+"""
+
+
+def text(workflows: Iterable[Workflow]) -> str:
+    """The page, as markdown."""
+    return HEAD + "".join(f"| {' | '.join(_cells(workflow))} |\n" for workflow in workflows) + FOOT
+
+
+def _cells(workflow: Workflow) -> tuple[str, ...]:
+    files = {f for node in workflow.graph().values() for f in node.files}
+    models = [f.size for f in files if f.folder == "diffusion_models"] + [size for _, size in workflow.made]
+    beside = sum(f.size for f in files if f.folder in ("loras", "controlnet"))
+    download = f"{sum(f.size for f in files):.1f}" if files else "nothing"
+    memory = str(math.ceil(max(models) + beside + AROUND)) if models else "none needed"
+    return f"[{workflow.name}]({workflow.name}.json)", workflow.shows, download, memory
