@@ -27,8 +27,8 @@ const char* gemv_awq(const Gemv& args, const Launch& launch) { return cuda::gemv
 const char* spellings() {
   const int arch = cuda::device_arch();
   if (arch < 75) return "";
-  if (arch < 80) return "mma_sm75 mma_s8 gemv";
-  return arch < 90 ? "mma_s4 mma_s8 gemv" : "mma_s8 gemv";
+  if (arch < 80) return "mma_sm75 mma_s8 mma_f16 gemv";
+  return arch < 90 ? "mma_s4 mma_s8 mma_f16 gemv" : "mma_s8 mma_f16 gemv";
 }
 
 }  // namespace svdquant

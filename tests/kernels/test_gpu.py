@@ -1,0 +1,204 @@
+"""Layers on a GPU as a host runs them: devices, streams, graphs, torch.compile, LoRAs, and every number of tokens.
+
+What each op computes is judged for every spelling in test_spellings.py; here it is how they are called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from svdquant_nodes.svdquant.core import linear, reference
+from svdquant_nodes.svdquant.core.linear import Branch, Part
+from svdquant_nodes.svdquant.kernels import ops, select
+from svdquant_nodes.tests import layers
+from svdquant_nodes.tests.kernels import test_ops
+from svdquant_nodes.tests.tolerances import assert_close
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu_kernels")]
+ALL = slice(None)
+TOKENS = [0, 1, 2, 17, 64, 129]
+
+
+@pytest.fixture
+def gpu_kernels():
+    """Skip where they cannot be had; fail where they are there and were found wrong."""
+    missing = ops.device("cuda").missing
+    assert "self-test" not in missing, missing
+    if missing:
+        pytest.skip(f"no cuda kernels: {missing}")
+
+
+def on_gpu(thing):
+    """The same tensor, weights, part or branch on the GPU."""
+    if isinstance(thing, torch.Tensor):
+        return thing.cuda()
+    tensors = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing)}
+    moved = {name: on_gpu(t) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+    if isinstance(thing, Part):
+        moved["weights"] = on_gpu(thing.weights)
+    return dataclasses.replace(thing, **moved)
+
+
+def layer(name, n=200, k=256, seed=0, dtype=torch.bfloat16):
+    """A host's layer of one part, its input's maker, and its bias."""
+    weights = layers.random_linear(name, n, k, 32, dtype=dtype, seed=seed)
+    return Part(dataclasses.replace(weights, bias=None)), layers.random(n, seed=9, dtype=dtype)
+
+
+def tokens(name, m, k=256, dtype=torch.bfloat16, seed=7):
+    x = layers.random(m, k, seed=seed, dtype=dtype)
+    return torch.nn.functional.gelu(x.float(), approximate="tanh").to(dtype) if "unsigned" in name else x
+
+
+def forward(x, part, bias, branches=()):
+    return linear.forward(on_gpu(x), [on_gpu(part)], on_gpu(bias), [on_gpu(b) for b in branches], ops)
+
+
+def lora(n=200, k=256, rows=ALL, columns=ALL, rank=16, dtype=torch.bfloat16):
+    height, width = len(range(n)[rows]), len(range(k)[columns])
+    down = layers.random(rank, width, seed=1, dtype=dtype, scale=width**-0.5)
+    return Branch(down, layers.random(height, rank, seed=2, dtype=dtype), 0.75, rows, columns)
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_a_kernel_is_chosen_for_every_format(name):
+    """Nothing below would fail if plain torch ran instead."""
+    for op in select.FILE_OPS:
+        assert ops.choose(select.Request(op, "bfloat16"), "cuda").spelling not in ops.PLAIN
+
+
+def test_the_library_lists_the_rows_of_the_table():
+    listed = torch.ops.svdquant.spellings(torch.empty(0, device="cuda")).split()
+    here = ops.device("cuda")
+    rows = [row for row in select.SPELLINGS if row.device == "cuda" and row.built]
+    assert set(listed) == {row.name for row in rows if not row.needs(here)}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("m", TOKENS, ids="m={}".format)
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_any_number_of_tokens(name, m, dtype):
+    kind = layers.DTYPES[dtype]
+    (part, bias), x = layer(name, dtype=kind), tokens(name, m, dtype=kind)
+    got = forward(x, part, bias)
+    assert got.dtype == kind and got.shape == (m, 200)
+    assert_close(got, linear.forward(x.float(), [part], bias, (), exact(x)), f"{dtype}_output")
+
+
+def exact(x):
+    """The reference with the codes of x in its own dtype, and an fp32 output."""
+
+    class Exact:
+        def __getattr__(self, op):
+            right = getattr(reference, op)
+            if op.startswith("quantize"):
+                return lambda rows, *rest: right(rows.to(x.dtype), *rest)
+            if op == "gemv_awq":
+                return lambda rows, weights, dtype: right(rows.to(x.dtype), weights, dtype=dtype)
+            return right
+
+    return Exact()
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_opcheck(name):
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for op, arguments in test_ops.calls(name):
+        spelling = ops.choose(select.Request(op.__name__, "bfloat16"), "cuda").spelling
+        there = [t.cuda() if isinstance(t, torch.Tensor) else t for t in arguments[:-1]]
+        torch.library.opcheck(op, (*there, spelling), test_utils=checks)
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_inside_a_cuda_graph(name):
+    """Nothing waits, nothing is allocated but results: a capture would refuse either."""
+    part, bias = layer(name)
+    x, other = tokens(name, 40).cuda(), tokens(name, 40, seed=8).cuda()
+    call = (on_gpu(part),), on_gpu(bias), (), ops
+    want = linear.forward(other, *call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear.forward(x, *call)
+    x.copy_(other)
+    graph.replay()
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_on_another_stream(name):
+    """Work is queued where torch's current stream says, behind what waits there."""
+    part, bias = layer(name)
+    x, side = tokens(name, 40).cuda(), torch.cuda.Stream()
+    want = forward(x, part, bias)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        y = forward(late, part, bias)
+    side.synchronize()
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_compiles_without_a_break(name):
+    (part, bias), branch = layer(name), on_gpu(lora())
+    here, bias_here = on_gpu(part), on_gpu(bias)
+
+    def run(x):
+        return linear.forward(x * 2, (here,), bias_here, (branch,), ops)  # exact, however it is fused
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for m in (5, 40):
+            x = tokens(name, m).cuda()
+            assert_close(compiled(x), run(x), "bf16_output")
+
+
+LORAS = {
+    "whole-layer": {},
+    "some-rows": dict(rows=slice(40, 120)),
+    "some-columns": dict(columns=slice(64, 192)),
+    "fp32-pair": dict(dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("kind", LORAS.values(), ids=LORAS)
+@pytest.mark.parametrize("name", layers.FORMATS)
+def test_a_lora_joins(name, kind):
+    (part, bias), x, branch = layer(name), tokens(name, 33), lora(**kind)
+    want = linear.forward(x.float(), [part], bias, [branch], exact(x))
+    assert_close(forward(x, part, bias, [branch]), want, "bf16_output")
+
+
+@pytest.mark.parametrize("name", ["int4", "nvfp4"])
+def test_parts_below_and_beside_each_other(name):
+    first, second = layer(name)[0], dataclasses.replace(layer(name, seed=5)[0])
+    for places in (dict(row=200), dict(column=256)):
+        parts = [first, dataclasses.replace(second, **places)]
+        x, bias = tokens(name, 19, 512 if "column" in places else 256), layers.random(400, seed=3)
+        bias = bias[: max(p.rows.stop for p in parts)]
+        got = linear.forward(x.cuda(), [on_gpu(p) for p in parts], bias.cuda(), (), ops)
+        assert_close(got, linear.forward(x.float(), parts, bias, (), exact(x)), "bf16_output")
+
+
+def test_tensors_of_two_devices_are_refused_in_words():
+    w, x = on_gpu(layers.random_linear("int4", 32, 64, 4)), layers.random(3, 64, seed=1).cuda()
+    with pytest.raises(ValueError, match="smooth: expected on cuda:0 as the rest, got cpu"):
+        torch.ops.svdquant.quantize_int4(x, w.smooth.cpu(), w.down, "mma_s8")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_second_gpu():
+    part, bias = layer("int4")
+    x = tokens("int4", 40)
+    there = torch.device("cuda", 1)
+    moved = Part(
+        dataclasses.replace(part.weights, **{n: t.to(there) for n, t in part.weights.tensors().items()})
+    )
+    y = linear.forward(x.to(there), [moved], bias.to(there), (), ops)
+    assert y.device == there
+    assert_close(y, linear.forward(x.float(), [part], bias, (), exact(x)), "bf16_output")
