@@ -1,10 +1,12 @@
-"""Linear layers on a GPU: cuBLAS in bf16, ours in every spelling, fp8 through torch with a branch beside it, ComfyUI's.
+"""Linear layers on a GPU: cuBLAS in bf16, ours in every spelling, torch's 8-bit products with a branch, ComfyUI's.
 
-    python benchmarks/gpu.py --json out.json --markdown out.md
+    python benchmarks/gpu.py --json out.json --markdown out.md [--seconds 240]
+    python benchmarks/gpu.py --dry                                            # tiny shapes on the CPU: tries the script
 
-All go from bf16 x to bf16 y with a bias. Inputs and weights take turns and together exceed the L2 cache four times.
-A sample is a CUDA graph of calls; contenders take turns within a round, so that a drifting clock hits all alike. The
-first contender runs once more at the end of each shape: the difference is the noise. TFLOP/s count 2 M N K only.
+All go from bf16 x to bf16 y with a bias and, but where it says otherwise, a branch. Inputs and weights take turns and
+together exceed the L2 cache four times. A sample is a CUDA graph of calls; contenders take turns within a round, so
+that a drifting clock hits all alike. The first contender runs once more at the end of each shape: the difference is the
+noise. TFLOP/s count 2 M N K only. `error` is against the 4-bit weight multiplied exactly, on 64 tokens.
 """
 
 # ruff: noqa: E402  the pack is named before it is imported
@@ -14,22 +16,28 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
 import pack
 
 pack.alias()
-from svdquant_nodes.svdquant.core import linear
-from svdquant_nodes.svdquant.core.weights import INT4, LinearWeights
-from svdquant_nodes.svdquant.kernels import ops, select
+from svdquant_nodes.benchmarks.gpu_contenders import Contender, Work, contenders, make_work
+from svdquant_nodes.svdquant.core import reference
+from svdquant_nodes.svdquant.kernels import ops
 
 SHAPES = {  # M, N, K, how often in a FLUX.1-dev forward of 1024 x 1024
+    "flux single qkv": (4608, 9216, 3072, 38),
+    "flux single fc1": (4608, 12288, 3072, 38),
+    "flux single out": (4608, 3072, 3072, 38),
+    "flux single fc2": (4608, 3072, 12288, 38),
     "flux img qkv": (4096, 9216, 3072, 19),
     "flux img proj": (4096, 3072, 3072, 19),
     "flux img fc1": (4096, 12288, 3072, 19),
@@ -38,39 +46,31 @@ SHAPES = {  # M, N, K, how often in a FLUX.1-dev forward of 1024 x 1024
     "flux txt proj": (512, 3072, 3072, 19),
     "flux txt fc1": (512, 12288, 3072, 19),
     "flux txt fc2": (512, 3072, 12288, 19),
-    "flux single qkv": (4608, 9216, 3072, 38),
-    "flux single fc1": (4608, 12288, 3072, 38),
-    "flux single out": (4608, 3072, 3072, 38),
-    "flux single fc2": (4608, 3072, 12288, 38),
     "sdxl fc1": (2048, 10240, 1280, 0),
     "sdxl fc2": (2048, 1280, 5120, 0),
     "pixart qkv": (8192, 3456, 1152, 0),
     "pixart fc2": (8192, 1152, 4608, 0),
 }
-CALLS, ROUNDS = 20, 15  # of a graph, and its replays
-
-Contender = Callable[[int], Tensor]
+MODULATIONS = {"flux modulation": (1, 18432, 3072, 38), "flux single modulation": (1, 9216, 3072, 38)}
+ATTENTION = (1, 24, 4608, 128)  # of FLUX, 57 times a step
+DRY_SHAPES = {"flux single out": (8, 64, 128, 38), "sdxl fc2": (3, 64, 192, 0)}
+DRY_MODULATIONS, DRY_ATTENTION = {"flux modulation": (1, 96, 64, 38)}, (1, 2, 8, 16)
+CHECKED = 64  # tokens whose outputs are compared
 
 
 def main() -> None:
     options = arguments()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: nothing to measure")
+    if not options.dry and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: nothing to measure (--dry tries the script on the CPU)")
+    bench = Bench("cpu" if options.dry else "cuda", options.seconds)
     torch.manual_seed(0)
-    rows = []
     with torch.inference_mode():
-        for rank in options.ranks:
-            for name, shape in SHAPES.items():
-                rows += measure_shape(name, shape, rank)
-                print(
-                    rows[-1]["shape"],
-                    {r["name"]: round(r["median_ms"], 4) for r in rows if r["shape"] == name},
-                    flush=True,
-                )
-    report = {"machine": machine(), "rows": rows}
+        rows = bench.run(options.ranks)
+        report = {"machine": machine(bench.device), "attention_ms": bench.attention(), "rows": rows}
+        report |= {"left_out": bench.left_out, "steps": steps(rows, bench.shapes | bench.modulations)}
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
-    text = table(rows)
+    text = markdown(report)
     print(text)
     if options.markdown:
         options.markdown.write_text(text + "\n")
@@ -81,128 +81,111 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--seconds", type=float, default=240, help="no shape is begun after these")
+    parser.add_argument("--dry", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     return parser.parse_args()
 
 
-# ---- contenders ----
-
-
-def contenders(m: int, n: int, k: int, rank: int) -> dict[str, Contender]:
-    """Everything that can run here, the honest baseline first."""
-    sets = min(8, max(2, 1 + 4 * l2_bytes() // (2 * m * k + 2 * n * k)))
-    xs = [random(m, k) for _ in range(sets)]
-    dense = [random(n, k) * k**-0.5 for _ in range(sets)]
-    bias = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
-    found: dict[str, Contender] = {
-        "cublas_bf16": lambda i: torch.nn.functional.linear(xs[i % len(xs)], dense[i % len(xs)], bias)
-    }
-    weights = [random_weights(n, k, rank) for _ in range(sets)]
-    for spelling in our_spellings():
-        found[f"svdquant_{spelling}"] = ours(spelling, xs, weights)
-    if torch.cuda.get_device_capability() >= (8, 9):
-        found["torch_fp8_and_branch"] = fp8_and_branch(xs, dense, weights)
-    return found
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-
-def random_weights(n: int, k: int, rank: int) -> LinearWeights:
-    """Codes and scales as a Gaussian layer would have them: zeros would run faster."""
-    return LinearWeights(
-        INT4,
-        torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8),
-        (torch.rand(n, k // 64, device="cuda") + 0.5).bfloat16() * (0.4 * k**-0.5),
-        smooth=torch.ones(k, device="cuda", dtype=torch.bfloat16),
-        down=random(rank, k) * k**-0.5,
-        up=random(n, rank) * 0.3,
-        bias=random(n),
-    )
-
-
-def our_spellings() -> list[str]:
-    here = ops.device("cuda")
-    return [
-        s.name
-        for s in select.SPELLINGS
-        if s.device == "cuda" and s.built and "gemm_int4" in s.ops and not s.needs(here)
-    ]
-
-
-def ours(spelling: str, xs: list[Tensor], weights: list[LinearWeights]) -> Contender:
-    op_set = ops.OpSet(spelling)
-    return lambda i: linear.linear(xs[i % len(xs)], weights[i % len(weights)], op_set).to(torch.bfloat16)
-
-
-def fp8_and_branch(xs: list[Tensor], dense: list[Tensor], weights: list[LinearWeights]) -> Contender:
-    """Rows and tokens in e4m3 through torch, the branch in bf16 beside it: what needs no kernel of ours."""
-
-    def to_fp8(t: Tensor) -> tuple[Tensor, Tensor]:
-        scale = t.abs().amax(-1, keepdim=True).float() / 448
-        return (t / scale).to(torch.float8_e4m3fn), scale
-
-    eight = [to_fp8(w) for w in dense]
-    factors = [(w.down.T.contiguous(), w.up.T.contiguous()) for w in weights]
-
-    def call(i: int) -> Tensor:
-        x, (w, w_scale), (down, up) = xs[i % len(xs)], eight[i % len(xs)], factors[i % len(factors)]
-        codes, scale = to_fp8(x)
-        y = torch._scaled_mm(codes, w.T, scale_a=scale, scale_b=w_scale.T, out_dtype=torch.bfloat16)
-        return torch.addmm(y, x @ down, up)
-
-    return call
-
-
 # ---- time ----
 
 
-def l2_bytes() -> int:
-    return torch.cuda.get_device_properties(0).L2_cache_size
+class Bench:
+    """Measures shapes on a device until its time is over."""
 
+    def __init__(self, device: str, seconds: float) -> None:
+        self.device, self.end = device, time.perf_counter() + seconds
+        dry = device == "cpu"
+        self.shapes, self.modulations = (DRY_SHAPES, DRY_MODULATIONS) if dry else (SHAPES, MODULATIONS)
+        self.calls, self.rounds = (1, 2) if dry else (20, 15)
+        self.left_out: list[str] = []
 
-def measure_shape(name: str, shape: tuple[int, int, int, int], rank: int) -> list[dict[str, object]]:
-    m, n, k, count = shape
-    graphs = {}
-    for contender, call in contenders(m, n, k, rank).items():
-        try:
-            graphs[contender] = graph_of(call)
-        except Exception as error:  # a contender that cannot run here is reported, and the others go on
-            print(f"{name}, {contender}: {error}", file=sys.stderr)
-            torch.cuda.synchronize()
-    graphs["cublas_bf16 again"] = graphs["cublas_bf16"]
-    samples: dict[str, list[float]] = {contender: [] for contender in graphs}
-    for _ in range(ROUNDS):
-        for contender, graph in graphs.items():
-            samples[contender].append(milliseconds(graph.replay) / CALLS)
-    baseline = statistics.median(samples["cublas_bf16"])
-    rows = []
-    for contender, times in samples.items():
-        tenths = statistics.quantiles(times, n=10, method="inclusive")
-        median = statistics.median(times)
-        rows.append(
-            dict(shape=name, m=m, n=n, k=k, rank=rank, count=count, name=contender)
-            | dict(median_ms=median, p10_ms=tenths[0], p90_ms=tenths[-1])
-            | dict(tflops=2e-9 * m * n * k / median, speed_up=baseline / median)
-        )
-    return rows
+    def run(self, ranks: list[int]) -> list[dict[str, object]]:
+        todo = [(name, shape, 0, True) for name, shape in self.modulations.items()]
+        todo += [(name, shape, rank, False) for rank in ranks for name, shape in self.shapes.items()]
+        rows = []
+        for name, shape, rank, awq in todo:
+            if time.perf_counter() > self.end:
+                self.left_out.append(f"{name}, rank {rank}: out of time")
+                continue
+            found = self.measure(name, shape, rank, awq)
+            rows += found
+            print(name, rank, {row["name"]: round(row["median_ms"], 4) for row in found}, flush=True)
+        return rows
 
+    def measure(
+        self, name: str, shape: tuple[int, int, int, int], rank: int, awq: bool
+    ) -> list[dict[str, object]]:
+        """A row for every contender on one shape."""
+        m, n, k, count = shape
+        work = make_work(m, n, k, rank, self.sets(m, n, k), self.device, awq)
+        samplers, errors = self.prepare(f"{name}, rank {rank}", work)
+        samples: dict[str, list[float]] = {contender: [] for contender in samplers}
+        for _ in range(self.rounds):
+            for contender, sample in samplers.items():
+                samples[contender].append(sample() / self.calls)
+        baseline = statistics.median(samples["cublas_bf16"])
+        return [
+            dict(
+                shape=name, m=m, n=n, k=k, rank=rank, count=count, name=contender, error=errors.get(contender)
+            )
+            | summary(times)
+            | dict(tflops=2e-9 * m * n * k / statistics.median(times))
+            | dict(speed_up=baseline / statistics.median(times))
+            for contender, times in samples.items()
+        ]
 
-def graph_of(call: Contender) -> torch.cuda.CUDAGraph:
-    for i in range(3):
-        call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(CALLS):
+    def prepare(
+        self, what: str, work: Work
+    ) -> tuple[dict[str, Callable[[], float]], dict[str, float | None]]:
+        """Samplers of all contenders that can run, checked; the baseline again at the end."""
+        samplers, errors = {}, {}
+        for contender, its_work, make in contenders(work, self.device):
+            try:
+                call = make(its_work)
+                errors[contender] = error_of(call, its_work)
+                samplers[contender] = self.sampler(call)
+            except Exception as error:  # one that cannot run here is reported, and the others go on
+                self.left_out.append(f"{what}, {contender}: {str(error).strip().splitlines()[0][:200]}")
+        return samplers | {"cublas_bf16 again": samplers["cublas_bf16"]}, errors
+
+    def sampler(self, call: Contender) -> Callable[[], float]:
+        """Milliseconds of `calls` calls: a replay of a graph of them, or on a CPU the calls themselves."""
+        if self.device == "cpu":
+            return lambda: 1e3 * wall(lambda: [call(i) for i in range(self.calls)])
+        for i in range(3):
             call(i)
-    graph.replay()
-    return graph
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(self.calls):
+                call(i)
+        graph.replay()
+        return lambda: on_gpu(graph.replay)
+
+    def sets(self, m: int, n: int, k: int) -> int:
+        """Inputs and layers that take turns: four L2 caches full of what the smallest of them reads."""
+        if self.device == "cpu":
+            return 2
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        return min(32, max(2, 1 + 4 * cache // (2 * m * k + n * k // 2)))
+
+    def attention(self) -> float:
+        """Median milliseconds of one attention of FLUX, to set the sums against."""
+        shape = ATTENTION if self.device == "cuda" else DRY_ATTENTION
+        q = torch.randn(3, *shape, device=self.device).bfloat16()
+        sample = self.sampler(lambda i: torch.nn.functional.scaled_dot_product_attention(*q))
+        return statistics.median(sample() / self.calls for _ in range(self.rounds))
 
 
-def milliseconds(work: Callable[[], None]) -> float:
+def wall(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def on_gpu(work: Callable[[], None]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     work()
@@ -211,35 +194,92 @@ def milliseconds(work: Callable[[], None]) -> float:
     return start.elapsed_time(end)
 
 
+def summary(times: list[float]) -> dict[str, float]:
+    tenths = statistics.quantiles(times, n=10, method="inclusive")
+    return dict(median_ms=statistics.median(times), p10_ms=tenths[0], p90_ms=tenths[-1])
+
+
+def error_of(call: Contender, work: Work) -> float:
+    """||y - exact|| / ||exact|| of the first layer's first tokens; NaN where anything is."""
+    w = work.layers[0]
+    y = call(0)[:CHECKED].double()
+    exact = work.xs[0][:CHECKED].double() @ reference.dequantize(w).double().T
+    if w.bias is not None:
+        exact += w.bias.double()
+    return float((y - exact).norm() / exact.norm())
+
+
 # ---- report ----
 
 
-def machine() -> dict[str, object]:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": properties.name,
-        "capability": list(torch.cuda.get_device_capability()),
-        "multiprocessors": properties.multi_processor_count,
+def machine(device: str) -> dict[str, object]:
+    found = {
+        "device": "this CPU, dry",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "commit": commit(),
     }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "multiprocessors": properties.multi_processor_count}
+        found |= {"capability": [properties.major, properties.minor], "driver": driver()}
+        found |= {"gemm_int4": ops.describe("cuda")}
+    return found
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    """Markdown: a line a shape and contender, then the sum of FLUX's layers, the last line of each rank."""
-    lines = ["| rank | shape | contender | ms | p10 | p90 | TFLOP/s | against bf16 |", "| --- " * 8 + "|"]
-    for row in rows:
+def commit() -> str:
+    return said("git", "-C", str(ROOT), "rev-parse", "HEAD")
+
+
+def driver() -> str:
+    return said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def said(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def steps(rows: list[dict[str, object]], shapes: dict[str, tuple[int, ...]]) -> list[dict[str, object]]:
+    """The linears of one FLUX step by contender: each shape's median times its count."""
+    found = []
+    counted = {name for name, (*_, count) in shapes.items() if count}
+    modulations = [row for row in rows if row["m"] == 1]
+    for rank in sorted({row["rank"] for row in rows if row["m"] > 1}):
+        for contender in dict.fromkeys(row["name"] for row in rows if row["rank"] == rank and row["m"] > 1):
+            mine = [row for row in rows if (row["rank"], row["name"]) == (rank, contender) and row["count"]]
+            mine += [
+                r
+                for r in modulations
+                if r["name"] == (contender if "cublas" in contender else "svdquant_gemv")
+            ]
+            total = sum(row["count"] * row["median_ms"] for row in mine)
+            left = sorted(counted - {row["shape"] for row in mine})
+            found.append(dict(rank=rank, name=contender, milliseconds=total, without=left))
+    return found
+
+
+def markdown(report: dict[str, object]) -> str:
+    facts = [f"{name} {value}" for name, value in report["machine"].items()]
+    lines = [
+        ", ".join(facts),
+        "",
+        "| rank | shape | contender | ms | p10 | p90 | TFLOP/s | against bf16 | error |",
+    ]
+    lines.append("| --- " * 9 + "|")
+    for row in report["rows"]:
         figures = [f"{row[key]:.4f}" for key in ("median_ms", "p10_ms", "p90_ms")]
-        figures += [f"{row['tflops']:.0f}", f"{row['speed_up']:.2f}"]
+        error = "" if row["error"] is None else f"{row['error']:.4f}"
+        figures += [f"{row['tflops']:.0f}", f"{row['speed_up']:.2f}", error]
         lines.append(f"| {row['rank']} | {row['shape']} | {row['name']} | {' | '.join(figures)} |")
-    for rank in dict.fromkeys(row["rank"] for row in rows):
-        for name in dict.fromkeys(row["name"] for row in rows):
-            flux = [row for row in rows if (row["rank"], row["name"]) == (rank, name) and row["count"]]
-            total = sum(row["count"] * row["median_ms"] for row in flux)
-            whole = len(flux) == sum(count > 0 for *_, count in SHAPES.values())
-            note = "" if whole else f", of {len(flux)} shapes only"
-            lines.append(f"| {rank} | FLUX.1-dev, all layers{note} | {name} | {total:.2f} | | | | |")
-    return "\n".join(lines)
+    lines += ["", "| rank | all linears of a FLUX.1-dev step | ms | |", "| --- " * 4 + "|"]
+    for step in report["steps"]:
+        note = f"without {', '.join(step['without'])}" if step["without"] else ""
+        lines.append(f"| {step['rank']} | {step['name']} | {step['milliseconds']:.2f} | {note} |")
+    lines += ["", f"One attention of FLUX, 57 a step: {report['attention_ms']:.3f} ms"]
+    return "\n".join([*lines, "", *(f"- not measured: {what}" for what in report["left_out"])])
 
 
 if __name__ == "__main__":
