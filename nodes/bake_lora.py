@@ -1,10 +1,11 @@
-"""The node that folds a LoRA into a checkpoint."""
+"""The node that folds LoRAs into a checkpoint."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
 from ..svdquant.adapters import bake, folders
+from .lora_inputs import chosen, further_loras, lora_inputs
 
 
 class SVDQuantBakeLora(io.ComfyNode):
@@ -18,33 +19,31 @@ class SVDQuantBakeLora(io.ComfyNode):
             category="SVDQuant",
             search_aliases=["merge lora", "save lora into model", "nunchaku lora", "fuse lora"],
             description=(
-                "Fold a LoRA into a 4-bit Nunchaku checkpoint: a new file with more rank, exact, nothing requantized. "
-                "The new file can be baked again."
+                "Fold LoRAs into a 4-bit checkpoint: a new file with more rank, nothing requantized. The new file can "
+                "be baked again."
             ),
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=folders.names(folders.MODELS),
-                    tooltip="A Nunchaku checkpoint in models/diffusion_models.",
+                    tooltip="A 4-bit checkpoint in models/diffusion_models, in any layout.",
                 ),
-                io.Combo.Input(
-                    "lora_name",
-                    options=folders.names(folders.LORAS),
-                    tooltip="A LoRA in models/loras, in any naming.",
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-100.0,
-                    max=100.0,
-                    step=0.01,
-                    tooltip="Fixed in the new file; negative values turn the LoRA's effect around.",
-                ),
+                *lora_inputs(),
                 io.String.Input(
                     "file_name",
                     default="my-baked-model",
                     tooltip="The file to write in models/diffusion_models.",
                 ),
+                io.Float.Input(
+                    "largest_error",
+                    default=0.01,
+                    min=0.0,
+                    max=0.5,
+                    step=0.001,
+                    tooltip="Of a layer's part of a LoRA that is not low-rank (DoRA, OFT, full differences), relative.",
+                    optional=True,
+                ),
+                further_loras(),
             ],
             outputs=[
                 io.String.Output(
@@ -57,13 +56,22 @@ class SVDQuantBakeLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_name: str, lora_name: str, strength: float, file_name: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        model_name: str,
+        lora_name: str,
+        strength: float,
+        file_name: str,
+        largest_error: float = 0.01,
+        more: dict | None = None,
+    ) -> io.NodeOutput:
         target = bake.new_file(folders.download_folder(folders.MODELS), file_name)
         baked = bake.bake(
             folders.find(folders.MODELS, model_name),
-            [(folders.find(folders.LORAS, lora_name), strength)],
+            chosen(lora_name, strength, more),
             target,
             rest=folders.download_folder(folders.LORAS) / f"{target.stem}-rest.safetensors",
+            limit=largest_error,
             progress=folders.show_progress(),
         )
         return io.NodeOutput(str(baked), ui=ui.PreviewText(str(baked)))

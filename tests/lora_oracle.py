@@ -47,12 +47,12 @@ def difference(members: dict[str, Tensor], weight: np.ndarray, strength: float) 
     plain = low_rank({name: t for name, t in members.items() if name != "dora_scale"})
     if "dora_scale" not in m:
         return strength * plain
-    magnitude = m["dora_scale"].reshape(-1, 1)
-    direction = (
-        weight + plain
-    )  # as ComfyUI does: the norm that divides is the one before training, with its epsilon
-    norm = np.linalg.norm(weight, axis=1, keepdims=True) + np.finfo(np.float32).eps
-    return strength * (direction * (magnitude / norm) - weight)
+    # As ComfyUI does: by rows, the norm that divides is the one before training; by columns, the one after; an epsilon.
+    magnitude, direction = m["dora_scale"], weight + plain
+    by_rows = len(magnitude) == len(weight)
+    norm = np.linalg.norm(weight if by_rows else direction, axis=1 if by_rows else 0, keepdims=True)
+    norm = norm + np.finfo(np.float32).eps
+    return strength * (direction * (magnitude.reshape(norm.shape) / norm) - weight)
 
 
 def _scale(m: dict[str, np.ndarray], rank: int) -> float:

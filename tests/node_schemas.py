@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from svdquant_nodes.tools.pack import ROOT
 
@@ -61,16 +62,23 @@ def constant(file: str, name: str) -> object:
 
 
 def _reachable(start: ast.ClassDef, tree: ast.Module) -> list[ast.AST]:
-    """The class, and the functions and lists of its file that it names, directly or through others."""
-    shared = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    shared |= {n.target.id: n for n in tree.body if isinstance(n, ast.AnnAssign)}
-    shared |= {t.id: n for n in tree.body if isinstance(n, ast.Assign) for t in n.targets}
+    """The class, and the functions and lists of its file and those beside it that it names, or that these name."""
+    body = [*tree.body, *(node for file in _beside(tree) for node in ast.parse(file.read_text()).body)]
+    shared = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+    shared |= {n.target.id: n for n in body if isinstance(n, ast.AnnAssign)}
+    shared |= {t.id: n for n in body if isinstance(n, ast.Assign) for t in n.targets}
     found, open_ends = [start], [start]
     while open_ends:
         names = {n.id for n in ast.walk(open_ends.pop()) if isinstance(n, ast.Name)}
         new = [shared[name] for name in names & shared.keys() if shared[name] not in found]
         found, open_ends = found + new, open_ends + new
     return found
+
+
+def _beside(tree: ast.Module) -> list[Path]:
+    """The files of nodes/ that a file of nodes/ takes names from."""
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return [ROOT / "nodes" / f"{node.module}.py" for node in imports]
 
 
 def _calls(tree: ast.AST) -> list[ast.Call]:

@@ -16,6 +16,7 @@ PAGES = {page.stem: page for page in sorted((ROOT / "web" / "docs").rglob("*.md"
 HEADINGS = ["Inputs", "Outputs", "Example", "When something goes wrong"]
 CHINESE = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
 
+WITH_FURTHER_LORAS = ("SVDQuantApplyLora", "SVDQuantBakeLora")
 every_node = pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
 
 
@@ -95,12 +96,13 @@ def shown(default):
     return f"{default:g}" if isinstance(default, float) else str(default) or "empty"
 
 
-def test_page_names_every_further_lora():
-    count = node_schemas.constant("nodes/apply_lora.py", "MORE")
-    told = {name for cells in rows(sections("SVDQuantApplyLora")[1]["Inputs"]) for name in names(cells[0])}
+@pytest.mark.parametrize("node", WITH_FURTHER_LORAS)
+def test_page_names_every_further_lora(node):
+    count = node_schemas.constant("nodes/lora_inputs.py", "MORE")
+    told = {name for cells in rows(sections(node)[1]["Inputs"]) for name in names(cells[0])}
     wanted = {f"{name}_{k + 2}" for k in range(count) for name in ("lora_name", "strength")}
     assert {name for name in told if re.search(r"_\d$", name)} == wanted
-    assert f"0 to {count}" in sections("SVDQuantApplyLora")[1]["Inputs"]
+    assert f"0 to {count}" in sections(node)[1]["Inputs"]
 
 
 @every_node
@@ -151,9 +153,13 @@ def test_chinese_is_complete_and_shown_as_it_is(schema):
     assert all(re.search("[\u4e00-\u9fff]", text) for text in [node["description"], *texts[3::2]])
 
 
-def test_chinese_has_every_further_lora_and_no_other_node():
-    count = node_schemas.constant("nodes/apply_lora.py", "MORE")
-    further = {name for name in CHINESE["SVDQuantApplyLora"]["inputs"] if name.startswith("more_")}
+@pytest.mark.parametrize("node", WITH_FURTHER_LORAS)
+def test_chinese_has_every_further_lora(node):
+    count = node_schemas.constant("nodes/lora_inputs.py", "MORE")
+    further = {name for name in CHINESE[node]["inputs"] if name.startswith("more_")}
     # the page writes the dot of more.lora_name_2 as an underscore
     assert further == {f"more_{name}_{k + 2}" for k in range(count) for name in ("lora_name", "strength")}
+
+
+def test_chinese_has_no_other_node():
     assert set(CHINESE) == set(SCHEMAS)

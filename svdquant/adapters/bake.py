@@ -1,31 +1,39 @@
-"""Fold LoRAs into the low-rank branch of a Nunchaku checkpoint: a new file with more rank and the same 4-bit weights.
+"""Fold LoRAs into the low-rank branch of a checkpoint: a new file with more rank and the same 4-bit weights.
 
 Every tensor keeps its bytes but the branches (and biases, norms, 16-bit layers) that a LoRA changes. What a branch
-cannot hold is not approximated: modulation layers have none in this format, so their part is written beside the
-checkpoint as a LoRA of its own; adapters that are not low-rank (DoRA, OFT, full differences) are refused.
+cannot hold is not rounded away: modulation layers have none in this format, so their part is written beside the
+checkpoint as a LoRA of its own; what is not low-rank goes in within a limit that is asked for, or is refused.
+
+The file is in Nunchaku layout. Other dialects are converted first; a family that has no such layout stays natural.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
 from torch import Tensor
 
-from ...loaders import lora_nunchaku
-from ...loaders.checkpoint import Lazy
+from ...loaders import lora_nunchaku, nunchaku
+from ...loaders.checkpoint import Checkpoint, Lazy
+from ...loaders.detect import open_checkpoint
 from ...loaders.lora import read_lora
 from ...loaders.lora_names import guess_family, rename
 from ...loaders.nunchaku_linear import encode_linear
 from ...loaders.writer import write_checkpoint
 from ..core.linear import Branch
-from . import bake_tensors, factors
+from . import bake_adapter, bake_tensors
+from .bake_adapter import Target
 from .bake_tensors import Base, Changes
-from .fold import Place
+from .convert import convert
+from .families import native, resolve
 
-INEXACT = {"dora_scale", "oft_blocks", "a1.weight", "diff", "w_norm"}  # tails of what is not low-rank
+LIMIT = 0.01  # relative error of a LoRA's part of a layer, where it is not low-rank
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class Baked:
 
     layers       whose branch grew
     rank         the largest of them, padding included
+    added        ranks of the LoRAs, summed over the layers
+    errors       relative error of what the LoRAs add, by layer where it is not exact
     rest         the LoRA with what no branch can hold, for `rest_layers` layers; None where nothing was left
     unmatched    the LoRAs' tensors that belong to no layer of the checkpoint
     """
@@ -41,12 +51,21 @@ class Baked:
     target: Path
     layers: int
     rank: int
+    added: int
+    errors: Mapping[str, float]
     rest: Path | None
     rest_layers: int
     unmatched: tuple[str, ...]
 
     def __str__(self) -> str:
-        text = f"{self.target.name}: {self.layers} branches wider, largest rank {self.rank}"
+        text = f"{self.target.name}: {self.layers} branches wider, rank {self.added} in all, largest rank {self.rank}"
+        if self.errors:
+            worst = max(self.errors, key=self.errors.__getitem__)
+            text += (
+                f"; {len(self.errors)} layers not low-rank, largest error {self.errors[worst]:.2%} ({worst})"
+            )
+        else:
+            text += "; exact"
         if self.rest:
             text += (
                 f"; {self.rest_layers} layers have no branch to fold into: apply {self.rest.name} beside it"
@@ -62,41 +81,83 @@ def bake(
     target: Path,
     *,
     rest: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    limit: float = LIMIT,
+    progress: Progress | None = None,
 ) -> Baked:
     """Write `target`: `base` with LoRAs at their strengths in its branches.
 
-    base      a Nunchaku checkpoint, file or folder
+    base      a checkpoint of any dialect, file or folder
     loras     (file, strength), in order
     rest      where to put what no branch can hold; beside the target as NAME-rest.safetensors if not given
-    progress  called with (tensors done, tensors in all)
+    limit     largest relative error of what is not low-rank: a difference, DoRA, OFT, LoHa and LoKr of high rank
+    progress  called with (steps done, steps in all) of what is being done
 
-    Raises ValueError, before anything is written, for a LoRA that does not fit or has no exact place.
+    Raises ValueError, before anything is written, for a LoRA that does not fit or has no place within the limit.
     """
     rest = rest or target.with_name(f"{target.stem}-rest.safetensors")
     for path in (target, rest):
         if path.exists():
             raise ValueError(f"{path.name}: expected a new file, got one that is there. Choose another name.")
-    source, changes = Base(base), Changes()
-    unmatched = [name for path, strength in loras for name in collect(source, path, strength, changes)]
+    step = progress or (lambda done, total: None)
+    with bakeable(base, target.parent, step) as checkpoint:
+        return _write(Base(checkpoint), loras, target, rest, limit, step)
+
+
+@contextmanager
+def bakeable(path: Path, folder: Path, step: Progress) -> Iterator[Checkpoint]:
+    """The checkpoint in a dialect that can be baked into, converted for the time being where it is in another."""
+    checkpoint = open_checkpoint(path)
+    # A family without a table of its own has no Nunchaku layout: that one leaves the shift of activations to the table.
+    natural = isinstance(resolve(checkpoint), native.Native)
+    if checkpoint.dialect in (("natural",) if natural else nunchaku.WRITTEN):
+        yield checkpoint
+        return
+    with TemporaryDirectory(dir=folder, prefix=".bake-", ignore_cleanup_errors=True) as scratch:
+        converted = Path(scratch) / f"{path.stem}.safetensors"
+        dialect = "natural" if natural else "nunchaku"
+        convert(checkpoint, converted, dialect, progress=lambda _, done, total: step(done, total))
+        yield open_checkpoint(converted)
+
+
+def _write(
+    source: Base,
+    loras: Sequence[tuple[Path, float]],
+    target: Path,
+    rest: Path,
+    limit: float,
+    step: Progress,
+) -> Baked:
+    changes = Changes()
+    unmatched = [
+        name for path, strength in loras for name in collect(source, path, strength, changes, limit, step)
+    ]
     grown, left = bake_tensors.distribute(source, changes)
     made = bake_tensors.branch_tensors(source, grown) | bake_tensors.vector_tensors(source, changes, left)
     stored, strings = source.checkpoint.stored, bake_tensors.metadata(source.checkpoint, grown, loras)
     names = list(dict.fromkeys([*stored, *made]))
 
     def tensor(name: str) -> Tensor:
-        if progress:
-            progress(names.index(name) + 1, len(names))
+        step(names.index(name) + 1, len(names))
         return made[name]() if name in made else stored[name]
 
     write_checkpoint(target, {}, Lazy(names, tensor), strings, encode_linear)
     if left:
         write_checkpoint(rest, {}, bake_tensors.rest_tensors(source, left), {"format": "pt"}, encode_linear)
-    largest = max((rank for _, rank in grown.values()), default=0)
-    return Baked(target, len(grown), largest, rest if left else None, len(left), tuple(unmatched))
+    return Baked(
+        target,
+        layers=len(grown),
+        rank=max((rank for _, rank in grown.values()), default=0),
+        added=sum(down.shape[0] for pairs, _ in grown.values() for down, _ in pairs),
+        errors=changes.errors,
+        rest=rest if left else None,
+        rest_layers=len(left),
+        unmatched=tuple(unmatched),
+    )
 
 
-def collect(source: Base, path: Path, strength: float, changes: Changes) -> tuple[str, ...]:
+def collect(
+    source: Base, path: Path, strength: float, changes: Changes, limit: float, step: Progress
+) -> tuple[str, ...]:
     """Add one LoRA file to the changes; returns its tensors that belong to no layer."""
     tensors = read_lora(path)
     if lora_nunchaku.detect(tensors):
@@ -111,7 +172,7 @@ def collect(source: Base, path: Path, strength: float, changes: Changes) -> tupl
             f"({source.family.name}).{f' It looks like a LoRA for {looks}.' if looks else ''}"
         )
     found: dict[str, list[Branch]] = {}
-    for module, members in renamed.modules.items():
+    for done, (module, members) in enumerate(renamed.modules.items(), 1):
         place = source.known[module]
         if "diff_b" in members:
             difference = place.change(members["diff_b"]) if place.change else members["diff_b"]
@@ -120,40 +181,43 @@ def collect(source: Base, path: Path, strength: float, changes: Changes) -> tupl
             changes.replaced[place.host] = members["set_weight"]
         weight = {tail: t for tail, t in members.items() if tail not in ("diff_b", "set_weight")}
         if weight:
-            found.setdefault(place.host, []).append(_branch(source, path, module, weight, strength))
+            try:
+                branch = _branch(source, module, weight, strength, changes, limit)
+            except ValueError as error:
+                raise ValueError(f"{path.name}: {module}: {error}") from None
+            found.setdefault(place.host, []).append(branch)
+        step(done, len(renamed.modules))
     for host, branches in found.items():  # q before k before v, whatever order the file has
         changes.branches.setdefault(host, []).extend(sorted(branches, key=lambda b: b.rows.start))
     return renamed.unmatched
 
 
-def _branch(source: Base, path: Path, module: str, members: Mapping, strength: float) -> Branch:
-    place, inexact = source.known[module], set(members) & INEXACT
-    try:
-        size = None if inexact else factors.size(members)
-        found = None if inexact else factors.factor(members)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {module}: {error}") from None
-    if found is None or any(b.up is None or b.kron is not None for b in found.branches):
-        raise ValueError(
-            f"{path.name}: {module}: expected a low-rank adapter, got one that a branch cannot hold exactly "
-            f"({', '.join(sorted(inexact)) or 'LoKr or LoHa of too high a rank'}). Apply this LoRA at run time instead."
-        )
-    rows, columns = _rectangle(source, place)
-    expected = (rows.stop - rows.start, columns.stop - columns.start)
-    if size != expected:
-        raise ValueError(
-            f"{path.name}: {module}: expected {list(expected)}, got {list(size)}. Choose a LoRA made for this model."
-        )
-    one = found.branches[0]
-    up = place.change(one.up) if place.change else one.up
-    return replace(one, up=up, strength=one.strength * strength, rows=rows, columns=columns)
+def _branch(
+    source: Base, module: str, members: Mapping[str, Tensor], strength: float, changes: Changes, limit: float
+) -> Branch:
+    place = source.known[module]
+    n, k = source.shape(place.host)
+    rows, columns = slice(*(place.rows or (0, n))), slice(*(place.columns or (0, k)))
 
+    def weight() -> Tensor:
+        if place.change:
+            raise ValueError(
+                "this model stores the layer in another order, so an adapter that looks at its weight cannot be "
+                "baked. Apply this LoRA at run time instead."
+            )
+        before = source.weight(place.host)
+        for branch in changes.branches.get(place.host, ()):
+            before[branch.rows, branch.columns] += branch.difference()
+        return before[rows, columns]
 
-def _rectangle(source: Base, place: Place) -> tuple[slice, slice]:
-    if place.rows is None:
-        n, *rest = source.checkpoint.plain_info[source.mapped.plain[place.host].names[0]].shape
-        return slice(0, n), slice(0, math.prod(rest))
-    return slice(*place.rows), slice(*place.columns)
+    shape = (rows.stop - rows.start, columns.stop - columns.start)
+    found = bake_adapter.fit(members, strength, Target(shape, weight, limit, not source.merges(place.host)))
+    if found.error:
+        changes.errors[place.host] = max(found.error, changes.errors.get(place.host, 0.0))
+    if not found.branches:  # a difference of nothing
+        return Branch(torch.zeros(0, shape[1]), torch.zeros(shape[0], 0), 1.0, rows, columns)
+    branch = replace(found.branches[0], rows=rows, columns=columns)
+    return replace(branch, up=place.change(branch.up)) if place.change else branch
 
 
 def new_file(folder: Path, name: str) -> Path:

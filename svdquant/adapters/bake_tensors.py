@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +15,15 @@ from torch.nn.functional import pad
 
 from ...loaders import nunchaku
 from ...loaders.checkpoint import Checkpoint
-from ...loaders.detect import open_checkpoint
 from ...loaders.nunchaku_linear import V1, V2
-from ..core import tiles
+from ..core import reference, tiles
 from ..core.linear import Branch
 from . import fold
-from .families import resolve
+from .bake_adapter import MAX_RANK
+from .families import apply_role, resolve
+from .family import straighten, take_share
 from .fold import PREFIX, Piece, Place
 
-MAX_RANK = 1024  # what the published engine's kernels take
 _TWIN = (
     ("mlp_fc1", "mlp_fc2"),
     ("mlp_context_fc1", "mlp_context_fc2"),
@@ -35,29 +36,30 @@ Make = Callable[[], Tensor]
 
 @dataclass
 class Changes:
-    """All that the LoRAs change: branches and vectors by host layer, in the order given."""
+    """All that the LoRAs change: branches and vectors by host layer, in the order given.
+
+    errors   relative errors of what is not low-rank, by host layer
+    """
 
     branches: dict[str, list[Branch]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     differences: dict[str, list[tuple[Place, Tensor, float]]] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Base:
-    """The checkpoint to bake into, with its family's map."""
+    """The checkpoint to bake into, Nunchaku or natural, with its family's map."""
 
-    def __init__(self, path: Path) -> None:
-        self.checkpoint: Checkpoint = open_checkpoint(path)
-        if self.checkpoint.dialect not in nunchaku.WRITTEN:
-            raise ValueError(
-                f"{path.name}: expected a Nunchaku checkpoint, got {self.checkpoint.dialect}. Convert it first: "
-                "`tools/svdquant convert … --to nunchaku`."
-            )
-        family = resolve(self.checkpoint)
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        family = resolve(checkpoint)
         if family is None:
-            raise ValueError(f"{path.name}: no known model family; only a known one can be baked into.")
-        self.mapped = family.map_names(self.checkpoint)
-        self.known = fold.names_of(self.checkpoint, family, self.mapped)
-        self.family = family
+            raise ValueError(
+                f"{checkpoint.path.name}: no known model family; only a known one can be baked into."
+            )
+        self.checkpoint, self.family = checkpoint, family
+        self.packed = checkpoint.dialect in nunchaku.WRITTEN
+        self.mapped = family.map_names(checkpoint)
+        self.known = fold.names_of(checkpoint, family, self.mapped)
 
     def pieces(self, host: str) -> tuple[Piece, ...]:
         return fold.pieces_of(self.checkpoint, self.mapped, host)
@@ -72,7 +74,34 @@ class Base:
             empty = torch.zeros(0, dtype=torch.bfloat16)
             return {"down": empty.reshape(0, info.in_features), "up": empty.reshape(info.out_features, 0)}
         down, up = (self.checkpoint.stored[info.keys[field]] for field in ("down", "up"))
+        if not self.packed:
+            return {"down": down, "up": up}
         return {"down": tiles.untile_down(down), "up": tiles.untile_up(up)}
+
+    def shape(self, host: str) -> tuple[int, int]:
+        """Rows and columns of a host layer, or of a 16-bit tensor seen as a matrix."""
+        if host in self.mapped.linears:
+            last = self.pieces(host)[-1]
+            return last.rows.stop, last.columns.stop
+        shapes = [self.checkpoint.plain_info[name].shape for name in self.mapped.plain[host].names]
+        return sum(shape[0] for shape in shapes), math.prod(shapes[0][1:])
+
+    def merges(self, host: str) -> bool:
+        """Whether a layer is a 16-bit one, stored as the host has it, so that its weight takes any difference."""
+        where = self.mapped.plain.get(host)
+        return where is not None and len(where.names) == 1 and where.change is None
+
+    def weight(self, host: str) -> Tensor:
+        """A host layer's dense weight in the host's order of rows: [n, k] fp32."""
+        if host in self.mapped.plain:
+            return self.mapped.plain[host].read(self.checkpoint.plain).flatten(1).float()
+        total = torch.zeros(self.shape(host))
+        for piece, (name, role) in zip(self.pieces(host), self.mapped.linears[host], strict=True):
+            weights = apply_role(self.checkpoint.layers[name], role)
+            weights = straighten(weights, role.splits) if role.splits else weights
+            weights = take_share(weights, role.share) if role.share else weights
+            total[piece.rows, piece.columns] = reference.dequantize(weights)
+        return total
 
 
 def distribute(source: Base, changes: Changes) -> tuple[Grown, dict[str, list[Branch]]]:
@@ -116,11 +145,11 @@ def _ranks(source: Base, grown: Mapping[str, list[Pair]]) -> dict[str, int]:
     ranks = {}
     for name, pairs in grown.items():
         rank = info[name].rank + sum(down.shape[0] for down, _ in pairs)
-        ranks[name] = rank + -rank % tiles.TILE_R
+        ranks[name] = rank + (-rank % tiles.TILE_R if source.packed else 0)
     if source.checkpoint.dialect == "nunchaku_v2" and ranks:
         w4a4 = [name for name in info if source.format(name) != "awq"]
         return dict.fromkeys(w4a4, max([*ranks.values(), *(info[name].rank for name in w4a4)]))
-    for pair in _TWIN:
+    for pair in _TWIN if source.packed else ():
         for name in list(ranks):
             block, _, last = name.rpartition(".")
             other = f"{block}.{pair[last == pair[0]]}"
@@ -131,21 +160,23 @@ def _ranks(source: Base, grown: Mapping[str, list[Pair]]) -> dict[str, int]:
 
 def branch_tensors(source: Base, grown: Grown) -> dict[str, Make]:
     """The branches that grow, by name in the file."""
-    names = V2 if source.checkpoint.dialect == "nunchaku_v2" else V1
+    named = vars(V2 if source.checkpoint.dialect == "nunchaku_v2" else V1) if source.packed else {}
 
     def make(layer: str, end: str) -> Tensor:
         pairs, rank = grown[layer]
         down, up = fold.widen(source.stored_pair(layer), pairs)
         missing = rank - down.shape[0]
         if end == "down":
-            return tiles.tile_down(pad(down, (0, 0, 0, missing)))
-        return tiles.tile_up(pad(up, (0, missing)))
+            down = pad(down, (0, 0, 0, missing))
+            return tiles.tile_down(down) if source.packed else down
+        up = pad(up, (0, missing))
+        return tiles.tile_up(up) if source.packed else up
 
     tensors: dict[str, Make] = {}
     for layer in grown:
         keys = source.checkpoint.info[layer].keys
         for end in ("down", "up"):
-            name = keys.get(end, f"{layer}.{getattr(names, end)}")
+            name = keys.get(end, f"{layer}.{named.get(end, end)}")
             tensors[name] = lambda layer=layer, end=end: make(layer, end)
     return tensors
 
@@ -159,19 +190,17 @@ def vector_tensors(source: Base, changes: Changes, rest: dict[str, list[Branch]]
     for host, value in changes.replaced.items():
         name = source.mapped.plain[host].names[0]
         tensors[name] = lambda n=name, v=value: v.to(source.checkpoint.stored[n])
-    for host in [h for h in rest if h in source.mapped.plain]:
-        where = source.mapped.plain[host]
-        if len(where.names) == 1 and where.change is None:
-            name, branches = where.names[0], rest.pop(host)
-            tensors[name] = lambda n=name, bs=branches: _merged(source.checkpoint.stored[n], bs)
+    for host in filter(source.merges, list(rest)):
+        name, branches = source.mapped.plain[host].names[0], rest.pop(host)
+        tensors[name] = lambda n=name, bs=branches: _merged(source.checkpoint.stored[n], bs)
     return tensors
 
 
 def _merged(weight: Tensor, branches: Sequence[Branch]) -> Tensor:
-    total = weight.float()
+    total = weight.flatten(1).float()
     for b in branches:
-        total[b.rows, b.columns] += b.strength * (b.up.float() @ b.down.float())
-    return total.to(weight.dtype)
+        total[b.rows, b.columns] += b.difference()
+    return total.to(weight.dtype).reshape(weight.shape)
 
 
 def _add_bias(source: Base, host: str, place: Place, difference: Tensor, tensors: dict[str, Make]) -> None:
@@ -193,7 +222,7 @@ def _add_bias(source: Base, host: str, place: Place, difference: Tensor, tensors
             continue
         at = slice(begin - piece.rows.start + piece.first, end - piece.rows.start + piece.first)
         values = difference[begin - first : end - first]
-        packed = source.format(piece.name) != "awq"
+        packed = source.packed and source.format(piece.name) != "awq"
         _chain(
             tensors, source, name, lambda b, a=at, v=values, s=piece.splits, p=packed: _shifted(b, a, v, s, p)
         )
@@ -221,10 +250,7 @@ def rest_tensors(source: Base, rest: Mapping[str, list[Branch]]) -> dict[str, Te
     """What no branch took, as a LoRA in ComfyUI's naming, strengths folded in."""
     tensors = {}
     for host, branches in rest.items():
-        n, k = (max(getattr(b, axis).stop for b in branches) for axis in ("rows", "columns"))
-        if host in source.mapped.linears:
-            last = source.pieces(host)[-1]
-            n, k = last.rows.stop, last.columns.stop
+        n, k = source.shape(host)
         whole = Piece(host, slice(0, n), slice(0, k), 0, 0)
         downs, ups = zip(*fold.stack([fold.cut(b, whole) for b in branches]), strict=True)
         module = PREFIX + host.removesuffix(".weight")

@@ -5,8 +5,7 @@
     LoHa          (B1 A1) * (B2 A2), element-wise   rank r1*r2: columns b1_i * b2_j, rows a1_i * a2_j
     LoKr          W1 (x) W2                         kept as the product it is: two small matrices, of any rank
 
-What has no such form, or would be larger than the weight itself, is a dense difference. Its best low-rank part is
-taken where that reproduces it within a limit; how far it does is computed, never estimated.
+What has no such form, or would be larger than the weight itself, is a dense difference (see truncation.py).
 """
 
 from __future__ import annotations
@@ -18,10 +17,6 @@ import torch
 from torch import Tensor
 
 from ..core.linear import Branch
-
-FIRST_SKETCH = 64
-SKETCH_EXTRA = 8
-SEED = 0
 
 Members = Mapping[str, Tensor]
 
@@ -107,11 +102,24 @@ def factor(members: Members) -> Factored | None:
     return None
 
 
+def dense(members: Members) -> Tensor | None:
+    """The difference of an adapter that does not look at the weight: [n, k] fp32; None for Tucker forms and others."""
+    if "diff" in members:
+        return members["diff"].flatten(1).float()
+    if "hada_w1_a" in members and "hada_t1" not in members:
+        halves = [
+            members[f"hada_w{i}_a"].float() @ members[f"hada_w{i}_b"].flatten(1).float() for i in (1, 2)
+        ]
+        return halves[0] * halves[1] * alpha_over(members, members["hada_w1_b"].shape[0])
+    found = factor(members)
+    return None if found is None else found.branches[0].difference()
+
+
 def planned(members: Members) -> int | None:
     """Bytes of the branches that `factor` would make, None where it would make none."""
     if "hada_w1_a" in members:
         (n, k), rank = size(members), members["hada_w1_b"].shape[0] * members["hada_w2_b"].shape[0]
-        return 4 * rank * (n + k) if "hada_t1" not in members and _worth(rank, n, k) else None
+        return 4 * rank * (n + k) if "hada_t1" not in members and rank <= largest_worth(n, k) else None
     low_rank = {"lora_up.weight", "lokr_w1", "lokr_w1_a"} & set(members)
     return sum(t.nbytes for t in members.values() if isinstance(t, Tensor)) if low_rank else None
 
@@ -130,17 +138,17 @@ def _lora(members: Members) -> Factored | None:
         if middle.flatten(2).shape[2:].numel() != 1:
             return None
         down = middle.flatten(1).float() @ down.float()
-    return Factored((_branch(down, up, scale),))
+    return Factored((pair(down, up, scale),))
 
 
 def _loha(members: Members) -> Factored | None:
     (b1, a1), (b2, a2) = ((members[f"hada_w{i}_a"], members[f"hada_w{i}_b"].flatten(1)) for i in (1, 2))
     (n, k), rank = (b1.shape[0], a1.shape[1]), a1.shape[0] * a2.shape[0]
-    if not _worth(rank, n, k):
+    if rank > largest_worth(n, k):
         return None
     up = (b1.float().unsqueeze(2) * b2.float().unsqueeze(1)).flatten(1)
     down = (a1.float().unsqueeze(1) * a2.float().unsqueeze(0)).flatten(0, 1)
-    return Factored((_branch(down, up, alpha_over(members, a1.shape[0])),))
+    return Factored((pair(down, up, alpha_over(members, a1.shape[0])),))
 
 
 def _lokr(members: Members) -> Factored:
@@ -177,64 +185,20 @@ def glora(members: Members, weight: Tensor) -> Branch | None:
         return None
     if (a1.shape[0], a2.shape[1], b1.shape[0], b2.shape[1]) != (k, k, n, k):
         return None
-    return _branch(torch.cat((b2, a2)), torch.cat((b1, weight @ a1), 1), alpha_over(members, a2.shape[0]))
+    return pair(torch.cat((b2, a2)), torch.cat((b1, weight @ a1), 1), alpha_over(members, a2.shape[0]))
 
 
-def _branch(down: Tensor, up: Tensor, scale: float) -> Branch:
+def pair(down: Tensor, up: Tensor, scale: float = 1.0) -> Branch:
+    """A branch of the whole difference: down [r, k], up [n, r]."""
     return Branch(down, up, scale, slice(0, up.shape[0]), slice(0, down.shape[1]))
 
 
-def _worth(rank: int, n: int, k: int) -> bool:
-    """Whether fp32 factors of this rank take less memory than a 16-bit weight."""
-    return 2 * rank * (n + k) < n * k
+def largest_worth(n: int, k: int) -> int:
+    """The highest rank whose fp32 factors take less memory than a 16-bit weight."""
+    return (n * k - 1) // (2 * (n + k))
 
 
 def whole(delta: Tensor, dtype: torch.dtype) -> Factored:
     """A difference kept as it is: [n, k] fp32 -> one dense branch in `dtype`."""
     dense = Branch(delta.to(dtype), None, 1.0, slice(0, delta.shape[0]), slice(0, delta.shape[1]))
     return Factored((dense,))
-
-
-def truncated(delta: Tensor, limit: float) -> Factored | None:
-    """The fewest ranks that reproduce a difference within a relative error, None where too many are needed.
-
-    delta    [n, k]  fp32
-    limit            largest ||delta - up @ down|| / ||delta||
-
-    A seeded random sketch finds the range (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4). The error
-    returned is measured on the result.
-    """
-    n, k = delta.shape
-    total = float(delta.double().square().sum())
-    if not total:
-        return Factored(())
-    sketch = min(FIRST_SKETCH, n, k)
-    while True:
-        basis = _range(delta, min(sketch + SKETCH_EXTRA, n, k))
-        inner = basis.T @ delta
-        lost = total - float(inner.double().square().sum())
-        if lost <= (0.9 * limit) ** 2 * total:
-            return _trimmed(delta, basis, inner, limit)
-        if not _worth(2 * sketch, n, k) or sketch >= min(n, k) or lost > 0.25 * total:
-            return None
-        sketch = min(2 * sketch, n, k)
-
-
-def _range(delta: Tensor, width: int) -> Tensor:
-    """An orthonormal basis of what `width` random directions, sharpened once, see of a matrix."""
-    generator = torch.Generator().manual_seed(SEED)
-    probe = torch.randn(delta.shape[1], width, generator=generator).to(delta)
-    basis = torch.linalg.qr(delta @ probe).Q
-    return torch.linalg.qr(delta @ torch.linalg.qr(delta.T @ basis).Q).Q
-
-
-def _trimmed(delta: Tensor, basis: Tensor, inner: Tensor, limit: float) -> Factored | None:
-    total, captured = (float(x.double().square().sum()) for x in (delta, inner))
-    u, s, vt = torch.linalg.svd(inner, full_matrices=False)
-    tails = s.double().square().flip(0).cumsum(0).flip(0)  # energy of rank i and all after it
-    rank = int((total - captured + tails > (0.99 * limit) ** 2 * total).sum())
-    if not _worth(rank, *delta.shape):
-        return None
-    branch = _branch(vt[:rank].contiguous(), (basis @ u[:, :rank]) * s[:rank], 1.0)
-    error = float((delta - branch.up @ branch.down).norm() / delta.norm())
-    return Factored((branch,), error) if error <= limit else None

@@ -10,7 +10,6 @@ Branches are made once and kept in RAM; where they are computed with is residenc
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from . import factors, layout
 from .factors import Factored
 from .operations import QuantizedLinear
 from .patches import Patch, is_blind, members_of, misfit, region
+from .truncation import error_limit, truncated
 
 REMEMBERED = 2  # sets of patches a layer: the model's, and those with the hooks of a conditioning
 
@@ -48,18 +48,6 @@ class Joined:
     def dense(self) -> int:
         """Bytes of whole differences, which are as large as the 16-bit layer."""
         return sum(b.down.nbytes for b in self.branches if b.up is None and b.kron is None)
-
-
-def error_limit() -> float:
-    """Largest relative error a truncation may have before the difference is kept whole (SVDQUANT_LORA_ERROR).
-
-    Raises ValueError where the setting is no number.
-    """
-    setting = os.environ.get("SVDQUANT_LORA_ERROR") or "0.001"
-    try:
-        return float(setting)
-    except ValueError:
-        raise ValueError(f"SVDQUANT_LORA_ERROR: expected a number such as 0.001, got {setting!r}.") from None
 
 
 # The last results by layer, each with the patches it came of: a hook that switches to and fro joins nothing anew.
@@ -146,7 +134,7 @@ def _reduced(value: object, size: tuple[int, int], device: torch.device) -> Fact
     """A difference without exact factors: of low rank within the limit, or whole."""
     zeros = torch.zeros(size, dtype=torch.float32, device=device)
     delta = comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], zeros, "")
-    found = factors.truncated(delta, error_limit()) or factors.whole(delta, _dtype(device))
+    found = truncated(delta, error_limit()) or factors.whole(delta, _dtype(device))
     return replace(found, branches=tuple(b.map(_in_ram) for b in found.branches))
 
 

@@ -71,6 +71,10 @@ class Branch:
         up, kron = (None if t is None else place(t) for t in (self.up, self.kron))
         return replace(self, down=place(self.down), up=up, kron=kron)
 
+    def scaled(self, by: float) -> Branch:
+        """The same branch at another strength."""
+        return replace(self, strength=by * self.strength)
+
     def difference(self) -> Tensor:
         """D, strength included: [height of rows, width of columns] fp32."""
         d = self.down.float() if self.up is None else self.up.float() @ self.down.float()

@@ -9,48 +9,16 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.svdquant.adapters import bake
 from svdquant_nodes.svdquant.core import tiles
 from svdquant_nodes.tests import golden
+from svdquant_nodes.tests.adapters.baking import GOLDEN, D, S, one_layer, product, run
 from svdquant_nodes.tests.loaders import made
 from svdquant_nodes.tests.tolerances import assert_close
 from svdquant_nodes.tools.commands import bake_lora
-
-GOLDEN = "lora_flux_mini"
-D, S = "transformer_blocks.0", "single_transformer_blocks.0"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The toy checkpoint with the branches that the LoRA goldens were made on, and their LoRAs."""
-    folder = tmp_path_factory.mktemp("bake")
-    tensors = dict(golden.tensors("mini_flux_int4"))
-    for name, tensor in golden.case(GOLDEN, "base").items():
-        tensors[name] = packed(name, tensor)
-    with safe_open(golden.FOLDER / "mini_flux_int4.safetensors", "pt") as file:
-        made.save(folder / "base.safetensors", tensors, file.metadata())
-    for i in range(3):
-        made.save(folder / f"lora{i}.safetensors", golden.case(GOLDEN, f"lora{i}"))
-    return folder
-
-
-def packed(name, tensor):
-    tile = {"lora_down": tiles.tile_down, "lora_up": tiles.tile_up, "bias": tiles.tile_vector}
-    tail = name.rpartition(".")[2]
-    return tile[tail](tensor) if tail in tile and "norm" not in name else tensor
-
-
-def run(folder, tmp_path, *loras, base="base"):
-    baked = bake.bake(
-        folder / f"{base}.safetensors",
-        [(folder / f"{name}.safetensors", strength) for name, strength in loras],
-        tmp_path / "out.safetensors",
-    )
-    return load_file(baked.target), baked
 
 
 def branches(case):
@@ -137,16 +105,6 @@ def test_baking_twice_is_baking_both(folder, tmp_path):
         assert torch.equal(*products)
 
 
-def product(tensors, name):
-    down, up = tiles.untile_down(tensors[f"{name}.lora_down"]), tiles.untile_up(tensors[f"{name}.lora_up"])
-    return up.double() @ down.double()
-
-
-def one_layer(folder, name, tensors):
-    made.save(folder / f"{name}.safetensors", tensors)
-    return name
-
-
 class TestTheMathematicsWins:
     """Where the reference converter is known to fail or to be wasteful."""
 
@@ -186,31 +144,6 @@ class TestTheMathematicsWins:
         lora = golden.case(GOLDEN, f"lora1.transformer.{S}.proj_out")
         wanted = (lora["lora_A.weight"].float() * strength).bfloat16()[:, :128]
         assert torch.equal(tiles.untile_down(out[f"{S}.out_proj.lora_down"])[16:20], wanted)
-
-
-PAIR = {"lora_A.weight": torch.ones(2, 128), "lora_B.weight": torch.ones(128, 2)}
-REFUSED = {
-    "dora": (
-        {**PAIR, "lora_magnitude_vector": torch.ones(128)},
-        r"a branch cannot hold exactly \(dora_scale\)",
-    ),
-    "difference": ({"diff": torch.ones(128, 128)}, r"a branch cannot hold exactly \(diff\)"),
-    "lokr-blocks": ({"lokr_w1": torch.ones(8, 8), "lokr_w2": torch.ones(16, 16)}, "of too high a rank"),
-    "size": ({**PAIR, "lora_B.weight": torch.ones(64, 2)}, r"expected \[128, 128\], got \[64, 128\]"),
-    "inner": ({**PAIR, "lora_B.weight": torch.ones(128, 3)}, "expected them to share their inner size"),
-    "rank": (
-        {"lora_A.weight": torch.ones(1100, 128), "lora_B.weight": torch.ones(128, 1100)},
-        "expected a rank up to 1024, got 1120",
-    ),
-}
-
-
-@pytest.mark.parametrize(("members", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_before_anything_is_written(folder, tmp_path, members, message):
-    name = one_layer(folder, "bad", {f"{D}.attn.to_out.0.{tail}": t for tail, t in members.items()})
-    with pytest.raises(ValueError, match=message):
-        run(folder, tmp_path, (name, 1.0))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_refused_files(folder, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svdquant_nodes.svdquant.adapters import factors
+from svdquant_nodes.svdquant.adapters import factors, truncation
 from svdquant_nodes.tests import layers, lora_oracle
 from svdquant_nodes.tests.tolerances import assert_close
 
@@ -134,7 +134,7 @@ class TestTruncated:
     def test_keeps_the_fewest_ranks_within_the_limit(self):
         # 10 values of 1 and 90 of 1e-3: what is left after all ten is sqrt(90) * 1e-3 / sqrt(10) = 3.0e-3
         delta = spectrum([1.0] * 10 + [1e-3] * 90)
-        found = factors.truncated(delta, 4e-3)
+        found = truncation.truncated(delta, 4e-3)
         assert found.rank == 10
         assert found.error == pytest.approx(3.0e-3, rel=0.05)
         [branch] = found.branches
@@ -143,20 +143,20 @@ class TestTruncated:
         )
 
     def test_exactly_low_rank(self):
-        found = factors.truncated(spectrum([3.0, 2.0, 1.0]), 1e-3)
+        found = truncation.truncated(spectrum([3.0, 2.0, 1.0]), 1e-3)
         assert found.rank == 3
         assert found.error < 1e-5
 
     def test_gives_up_on_full_rank(self):
-        assert factors.truncated(layers.random(256, 192, seed=1), 1e-3) is None
+        assert truncation.truncated(layers.random(256, 192, seed=1), 1e-3) is None
 
     def test_gives_up_where_it_would_not_pay(self):
-        assert factors.truncated(spectrum([1.0] * 60), 1e-3) is None
+        assert truncation.truncated(spectrum([1.0] * 60), 1e-3) is None
 
     def test_is_the_same_every_time(self):
         delta = spectrum([1.0, 0.5, 0.1])
-        first, second = (factors.truncated(delta, 1e-3).branches[0] for _ in range(2))
+        first, second = (truncation.truncated(delta, 1e-3).branches[0] for _ in range(2))
         assert torch.equal(first.down, second.down) and torch.equal(first.up, second.up)
 
     def test_nothing_needs_no_branch(self):
-        assert factors.truncated(torch.zeros(8, 8), 1e-3).branches == ()
+        assert truncation.truncated(torch.zeros(8, 8), 1e-3).branches == ()

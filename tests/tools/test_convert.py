@@ -10,6 +10,7 @@ import torch
 from svdquant_nodes.loaders import natural
 from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.loaders.nunchaku_linear import V2, encode_linear
+from svdquant_nodes.svdquant.adapters import convert
 from svdquant_nodes.svdquant.adapters.families import Role
 from svdquant_nodes.svdquant.core.weights import GELU_SHIFT
 from svdquant_nodes.tests import golden, layers
@@ -79,7 +80,7 @@ def test_known_family_is_cropped_and_padded_again(tmp_path, monkeypatch):
         def roles(self, checkpoint):
             return {"any.thing": Role(out_features=192, in_features=256)}
 
-    monkeypatch.setattr(command, "resolve", lambda checkpoint: Family())
+    monkeypatch.setattr(convert, "resolve", lambda checkpoint: Family())
     tensors = made.layer("any.thing", "c2")
     made.save(tmp_path / "a.safetensors", tensors)
     found = run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "natural")

@@ -1,4 +1,4 @@
-"""Fold LoRAs into the branch of a Nunchaku checkpoint: a new file with more rank, the 4-bit weights untouched."""
+"""Fold LoRAs into the branch of a checkpoint: a new file with more rank, the 4-bit weights untouched."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import sys
 import time
 from pathlib import Path
 
-from ...svdquant.adapters.bake import bake
+from ...svdquant.adapters.bake import LIMIT, bake
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", type=Path, help="a Nunchaku checkpoint, file or folder")
+    parser.add_argument("base", metavar="BASE", type=Path, help="a checkpoint, file or folder")
     parser.add_argument(
         "loras", metavar="LORA[:STRENGTH]", nargs="+", help="LoRA files; strength 1 where none is given"
     )
     parser.add_argument("target", metavar="OUT", type=Path, help="the .safetensors file to write")
+    parser.add_argument(
+        "--error",
+        type=float,
+        default=LIMIT,
+        help=f"largest relative error of what is not low-rank, {LIMIT:g} by default",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
-    baked = bake(args.base, [parse(lora) for lora in args.loras], args.target, progress=show)
+    baked = bake(
+        args.base, [parse(lora) for lora in args.loras], args.target, limit=args.error, progress=show
+    )
     size, seconds = args.target.stat().st_size / 2**20, time.monotonic() - started
     print(f"{baked}; {size:.1f} MB in {seconds:.1f} s")
     return 0
@@ -40,4 +48,4 @@ def parse(argument: str) -> tuple[Path, float]:
 def show(done: int, total: int) -> None:
     """One line on a terminal, rewritten; nothing in a log."""
     if sys.stderr.isatty():
-        print(f"\r{done}/{total} tensors", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        print(f"\r\x1b[K{done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)

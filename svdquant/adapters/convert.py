@@ -1,0 +1,46 @@
+"""Write a checkpoint in another dialect, one layer in memory at a time, cropped where the family is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...loaders import kitchen, natural, nunchaku
+from ...loaders.checkpoint import Checkpoint, Lazy
+from ...loaders.writer import Progress
+from ..core.weights import LinearWeights
+from .families import Role, apply_role, resolve
+
+WRITERS = {"nunchaku": nunchaku.write, "kitchen": kitchen.write, "natural": natural.write}
+
+
+def convert(checkpoint: Checkpoint, target: Path, dialect: str, *, progress: Progress | None = None) -> None:
+    """Write `checkpoint` to `target` in a dialect of WRITERS.
+
+    A Nunchaku checkpoint written as Nunchaku (a folder made one file) keeps every tensor's bytes. Raises ValueError
+    where the dialect cannot hold a layer, before anything is written.
+    """
+    if dialect == "nunchaku" and checkpoint.dialect in nunchaku.WRITTEN:
+        nunchaku.copy(target, checkpoint)
+        return
+    if dialect == "kitchen":
+        refuse_nvfp4(checkpoint)
+    options = {"names": nunchaku.V2} if (dialect, checkpoint.dialect) == ("nunchaku", "nunchaku_lite") else {}
+    layers = true_layers(checkpoint)
+    WRITERS[dialect](target, layers, checkpoint.plain, checkpoint.metadata, progress=progress, **options)
+
+
+def refuse_nvfp4(checkpoint: Checkpoint) -> None:
+    fp4 = [name for name, layer in checkpoint.info.items() if layer.spec.format == "nvfp4"]
+    if fp4:
+        raise ValueError(
+            f"{checkpoint.path.name}: {fp4[0]}: expected INT4 layers, got NVFP4 ({len(fp4)} layers): kitchen has no "
+            "NVFP4 SVDQuant. Convert to nunchaku or natural instead."
+        )
+
+
+def true_layers(checkpoint: Checkpoint) -> Mapping[str, LinearWeights]:
+    """The layers with what the family knows of them: true sizes, unsigned activations."""
+    family = resolve(checkpoint)
+    roles = family.roles(checkpoint) if family else {}
+    return Lazy(checkpoint.layers, lambda name: apply_role(checkpoint.layers[name], roles.get(name, Role())))

@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+
+from svdquant_nodes.tests.adapters import baking
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A toy checkpoint with the branches that the LoRA goldens were made on, and their LoRAs."""
+    return baking.make(tmp_path_factory.mktemp("bake"))
