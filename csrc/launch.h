@@ -46,6 +46,9 @@ struct Launch {
   // Torch's thread pool on a CPU: calls body(context, begin, end) for ranges that cover 0..count, none below `grain`.
   void (*parallel)(int64_t count, int64_t grain, void (*body)(const void*, int64_t, int64_t),
                    const void* context) = nullptr;
+  // Memory of the device that lives as long as the call: `owner` keeps it.
+  void* (*allocate)(void* owner, int64_t bytes) = nullptr;
+  void* owner = nullptr;
 };
 
 // means: core/reference.py quantize_int4, quantize_int4_unsigned, quantize_nvfp4

@@ -85,10 +85,12 @@ __device__ __forceinline__ void run_block(const TileGrid& grid, int steps, const
     unsigned side_parity = 0;
     for (int tile = blockIdx.x; tile < grid.tiles(); tile += grid.blocks) {
       const FinishTile<T> end(finish, memory, tile_at(grid, tile));
-      const HiddenPiece first = end.load_hidden(0);  // long before it is needed
+      HiddenPiece hidden;
+      if (T::kRegistersToSpare) hidden = end.load_hidden(0);  // long before it is needed
       float sums[T::kSums];
       multiply(at, memory, end, sums);
-      end.run(first, side_parity, sums);
+      if (!T::kRegistersToSpare) hidden = end.load_hidden(0);
+      end.run(hidden, side_parity, sums);
     }
   }
 }

@@ -123,10 +123,10 @@ __device__ __forceinline__ void wgmma_wait() {
 __device__ __forceinline__ void has_changed(int& sum) { asm volatile("" : "+r"(sum)::"memory"); }
 __device__ __forceinline__ void has_changed(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
 
-// Wait for all products.
-template <class C, int kCount>
+// Wait for all groups of products but the last kPending, with which `sums` are complete.
+template <int kPending = 0, class C, int kCount>
 __device__ __forceinline__ void wgmma_finish(C (&sums)[kCount]) {
-  wgmma_wait<0>();
+  wgmma_wait<kPending>();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) has_changed(sums[i]);
 }

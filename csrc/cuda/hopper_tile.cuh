@@ -31,6 +31,7 @@ template <int kColumns, int kScaleBytes = 0>
 struct HopperTile {
   static constexpr int kN = kColumns;
   static constexpr int kSums = kN / 2;  // of a thread
+  static constexpr bool kRegistersToSpare = kScaleBytes == 0;  // with scales go sums of single groups
   static constexpr int kActsBytes = kTileRows * kStepBytes, kWeightsBytes = kN * kStepBytes;
   static constexpr int kStageBytes = kActsBytes + kWeightsBytes + 2 * kScaleBytes;
   static constexpr int kUpBytes = kN * kRanksAtOnce * 2;

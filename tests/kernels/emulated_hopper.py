@@ -31,6 +31,20 @@ class Hopper(Kernels):
     arch: int = ARCH
     sms: int = 4
 
+    def gemm_int4(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """As core.reference.gemm_int4, signed or unsigned by the codes' dtype."""
+        library(self.arch).set_multiprocessors(self.sms)
+        kind = "int4" if codes.dtype == torch.int8 else "int4-unsigned"
+        return self.gemm("hopper", kind, codes, scales, hidden, weights, dtype=dtype)
+
     def gemm_int8(
         self,
         codes: Tensor,

@@ -39,6 +39,7 @@ INSTRUCTIONS = {
     "quantize_nvfp4.cu": HALVES,
     "gemv_awq.cu": on(CARDS),
     "hopper_w8a8.cu": on(CARDS) | on(HOPPER, *(f"IGMMA.64x{n}x32.S8.S8" for n in (256, 192, 128, 96))),
+    "hopper_w4a4.cu": on(CARDS) | on(HOPPER, "QGMMA.64x128x32.F32.E4M3.E4M3", "HGMMA.64x128x16.F32.BF16"),
     "entry.cu": on(CARDS),
 }
 UNITS = [

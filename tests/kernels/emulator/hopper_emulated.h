@@ -86,9 +86,9 @@ void wgmma_wait() {
   });
 }
 
-template <class C, int kCount>
+template <int kPending = 0, class C, int kCount>
 void wgmma_finish(C (&)[kCount]) {
-  wgmma_wait<0>();
+  wgmma_wait<kPending>();
 }
 
 inline void start_product(emulator::Product product) {

@@ -1,4 +1,4 @@
-"""The Hopper products, emulated: whole layers against the reference, integer sums to the bit, every tile."""
+"""W8A8 on an emulated Hopper card: whole layers against the reference, integer sums to the bit, every tile."""
 
 from __future__ import annotations
 
