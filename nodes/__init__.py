@@ -15,6 +15,7 @@ from .inspect import SVDQuantInspect
 from .load_model import SVDQuantLoadModel
 from .load_text_encoder import SVDQuantLoadTextEncoder
 from .quantize import SVDQuantQuantize
+from .quantize_text_encoder import SVDQuantQuantizeTextEncoder
 from .replacements import register_replacements
 from .sample import SVDQuantSample
 
@@ -37,6 +38,7 @@ class SVDQuantExtension(ComfyExtension):
             SVDQuantFetchModel,
             SVDQuantCalibrate,
             SVDQuantQuantize,
+            SVDQuantQuantizeTextEncoder,
             SVDQuantCompare,
             SVDQuantDemoPrompt,
             SVDQuantDemoVAE,

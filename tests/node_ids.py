@@ -16,6 +16,7 @@ NODE_IDS = {
     "SVDQuantFetchModel",
     "SVDQuantCalibrate",
     "SVDQuantQuantize",
+    "SVDQuantQuantizeTextEncoder",
     "SVDQuantCompare",
     "SVDQuantDemoPrompt",
     "SVDQuantDemoVAE",

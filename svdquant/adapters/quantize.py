@@ -10,18 +10,16 @@ import comfy.model_management
 from . import folders
 
 
-def target(name: str) -> Path:
-    """The file to write in the host's folder of diffusion models; folders in the name are made.
+def target(name: str, kind: str = folders.MODELS) -> Path:
+    """The file to write in one of the host's folders; folders in the name are made.
 
     Raises ValueError for a name that is empty or leads out of the folder.
     """
     name = name.strip().removesuffix(".safetensors")
     relative = Path(f"{name}.safetensors")
     if not name or relative.is_absolute() or ".." in relative.parts:
-        raise ValueError(
-            f"file name: expected a name inside {folders.MODELS}, such as my-model-int4, got {name!r}."
-        )
-    path = folders.download_folder(folders.MODELS) / relative
+        raise ValueError(f"file name: expected a name inside {kind}, such as my-model-int4, got {name!r}.")
+    path = folders.download_folder(kind) / relative
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -1,4 +1,7 @@
-"""Quantize a 16-bit diffusion model to an SVDQuant checkpoint, one linear at a time; a run that was stopped goes on."""
+"""Quantize a 16-bit diffusion model to an SVDQuant checkpoint, one linear at a time; a run that was stopped goes on.
+
+A T5 text encoder becomes a file like the published 4-bit one; of the options it takes --device and --quiet.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from ...loaders.source import open_source
+from ...loaders.source import SourceModel, open_source
 from ...svdquant.adapters.plans import make_plan
-from ...svdquant.quantizer import recipes, report, statistics, stream
+from ...svdquant.quantizer import recipes, report, statistics, stream, text_encoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +50,8 @@ def main(args: argparse.Namespace) -> int:
     overrides = tuple(parse_override(text) for text in args.layer)
     source = open_source(args.source)
     check_target(source.path, args.target)
+    if text_encoder.is_t5(source):
+        return quantize_encoder(source, args)
     samples = statistics.load(args.stats) if args.stats else None
     plan = make_plan(
         source, precision=args.precision, rank=args.rank, centred=args.center, overrides=overrides
@@ -67,6 +72,24 @@ def main(args: argparse.Namespace) -> int:
         progress=None if args.quiet else show,
     )
     print(report.summary(args.target, errors, time.monotonic() - began, measured=samples is not None))
+    return 0
+
+
+def quantize_encoder(source: SourceModel, args: argparse.Namespace) -> int:
+    """A T5 has one published form and needs no data. ValueError for options that ask for something else."""
+    began, unfit = (
+        time.monotonic(),
+        {"--precision nvfp4": args.precision == "nvfp4", "--stats": args.stats, "--layer": args.layer},
+    )
+    for option in (name for name, given in unfit.items() if given):
+        raise ValueError(
+            f"{option}: a text encoder is quantized from its weights alone, all to int4. Leave it out."
+        )
+    errors = text_encoder.quantize(
+        source, args.target, device=args.device, progress=None if args.quiet else show
+    )
+    print(f"{source.path.name}: T5, {len(errors)} linears in int4 of group {text_encoder.GROUP}")
+    print(report.summary(args.target, errors, time.monotonic() - began, measured=False))
     return 0
 
 
