@@ -45,6 +45,7 @@ STOCK_NODES = {
     "TextEncodeQwenImageEditPlus",
     "UNETLoader",
     "VAEDecode",
+    "VAEDecodeTiled",
     "VAEEncode",
     "VAELoader",
 }

@@ -26,6 +26,7 @@ KONTEXT = published("flux.1-kontext-dev-int4", 6.8)
 FILL = published("flux.1-fill-dev-int4", 6.8)
 CLIP_L = hub("comfyanonymous/flux_text_encoders/clip_l.safetensors", "text_encoders", 0.25)
 T5 = hub("comfyanonymous/flux_text_encoders/t5xxl_fp8_e4m3fn.safetensors", "text_encoders", 4.9)
+T5_4_BIT = published("t5xxl-int4", 3.0)
 AE = hub("Comfy-Org/Lumina_Image_2.0_Repackaged/split_files/vae/ae.safetensors", "vae", 0.34)
 REALISM = hub("XLabs-AI/flux-lora-collection/realism_lora_comfy_converted.safetensors", "loras", 0.02)
 CANNY = hub("XLabs-AI/flux-controlnet-collections/flux-canny-controlnet-v3.safetensors", "controlnet", 1.5)
@@ -54,6 +55,34 @@ def _text_to_image(model: File, text: str, prefix: str, **settings) -> Graph:
 def dev() -> Graph:
     text = "a lighthouse on a cliff at dawn, long exposure, film grain"
     return _text_to_image(DEV, text, "flux", steps=28)
+
+
+def low_memory() -> Graph:
+    """The text encoder in 4 bits as well, a smaller picture, and tiles for the VAE."""
+    nodes = dev()
+    nodes["clip"] = node(
+        "SVDQuantLoadTextEncoder",
+        (0, 210, 180),
+        files=[T5_4_BIT, CLIP_L],
+        text_encoder1=T5_4_BIT.name,
+        text_encoder2=CLIP_L.name,
+        text_encoder3="none",
+        type="flux",
+        t5_min_length=0,
+        device="default",
+    )
+    nodes["latent"] = empty_latent(768, 768)
+    nodes["decode"] = node(
+        "VAEDecodeTiled",
+        (3, -100, 180),
+        samples=Link("sample"),
+        vae=Link("vae"),
+        tile_size=512,
+        overlap=64,
+        temporal_size=64,
+        temporal_overlap=8,
+    )
+    return nodes
 
 
 def dev_lora() -> Graph:
@@ -133,6 +162,14 @@ WORKFLOWS = (
         "Text to image with FLUX.1-dev in 4 bits. SVDQuant Sample is KSampler with FLUX guidance built in; KSampler "
         f"works as well. {_FP4} With less than 12 GB of VRAM ComfyUI keeps a part of the model in RAM by itself.",
         dev,
+    ),
+    Workflow(
+        "flux1-low-memory",
+        "FLUX.1-dev on a small card",
+        "FLUX.1-dev with its text encoder in 4 bits, too: less to download, and less RAM. The picture is smaller and "
+        "decoded in tiles. What still does not fit on the card ComfyUI keeps in RAM by itself. If the text encoder is "
+        "what does not fit, set its device to cpu.",
+        low_memory,
     ),
     Workflow(
         "flux1-dev-lora",
