@@ -6,6 +6,8 @@ is explained: what it is and which node loads it.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import kitchen, natural, nunchaku, nunchaku_lite, nunchaku_t5
@@ -23,6 +25,22 @@ _LORA_PARTS = (
     "dora_scale",
     "hada_w1_a",
     "lokr_w1",
+)
+
+# Names that only such a file has, what it is, and who takes it.
+_OTHERS = (
+    (
+        r"(first_stage_model|cond_stage_model|conditioner|text_encoders)\.",
+        "a whole 16-bit checkpoint. Load it with ComfyUI's Load Checkpoint, or make it smaller with SVDQuant Quantize.",
+    ),
+    (
+        r"text_model\.(encoder|embeddings)\.|encoder\.block\.\d+\.layer\.|shared\.weight|(model\.)?embed_tokens\.",
+        "a 16-bit text encoder. Load it with ComfyUI's Load CLIP or DualCLIPLoader.",
+    ),
+    (
+        r"(first_stage_model\.|vae\.)?(encoder|decoder)\.(conv_in|conv1|conv_out|mid|middle|up|down)\b",
+        "a VAE. Load it with ComfyUI's Load VAE.",
+    ),
 )
 
 
@@ -85,13 +103,25 @@ def _explain(files: TensorFile) -> str:
     """What a file without SVDQuant layers is, and what to do with it."""
     if not files:
         return "a file without tensors. Download it again."
-    loras = [name for name in files if any(part in name.split(".") for part in _LORA_PARTS)]
-    if any(".mlp_fc" in name or "mlp_context_fc1" in name for name in loras):
+    if any(".mlp_fc" in name or "mlp_context_fc1" in name for name in _lora_names(files)):
         return "a LoRA in Nunchaku layout, tied to one base model. Use the original LoRA file."
-    if 2 * len(loras) > len(files):
+    if is_lora(files):
         return "a LoRA. Load it with SVDQuant Apply LoRA or ComfyUI's Load LoRA."
     if any(name.endswith(".comfy_quant") for name in files):
         return (
             "a model in one of ComfyUI's own quantized formats. Load it with ComfyUI's Load Diffusion Model."
         )
+    for marks, what in _OTHERS:
+        if any(re.match(marks, name) for name in files):
+            return what
     return "none: an ordinary 16-bit model. Load it with ComfyUI's Load Diffusion Model (UNETLoader)."
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether most of a file's tensors are parts of LoRAs."""
+    names = list(names)
+    return 2 * len(_lora_names(names)) > len(names)
+
+
+def _lora_names(names: Iterable[str]) -> list[str]:
+    return [name for name in names if any(part in name.split(".") for part in _LORA_PARTS)]

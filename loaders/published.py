@@ -67,12 +67,20 @@ class Source:
         return hf_hub_url(self.repo, self.file, revision=revision or self.revision, endpoint=endpoint)
 
 
+_HUBS = r"https://(?:huggingface\.co|hf\.co|hf-mirror\.com)/"
+_PAGE = re.compile(
+    _HUBS + r"(?P<repo>[^/]+/[^/]+)/(?:resolve|blob)/(?P<revision>[^/]+)/(?P<file>[^?#]+)(?:[?#].*)?"
+)
+
+
 def parse(source: str) -> Source:
-    """A name of `PUBLISHED`, or owner/repo/path/file.safetensors with an optional @revision.
+    """A name of `PUBLISHED`, or owner/repo/path/file.safetensors with an optional @revision, or a file's address.
 
     Raises ValueError for anything else, other kinds of files included: only safetensors is read.
     """
     text = PUBLISHED[source].source if source in PUBLISHED else source
+    address = _PAGE.fullmatch(text)
+    text = address.expand(r"\g<repo>/\g<file>@\g<revision>") if address else text
     path, _, revision = text.partition("@")
     parts = path.split("/")
     plain = all(re.fullmatch(r"[\w.+-]+", part) and part not in (".", "..") for part in parts)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Lazy
-from .detect import DIALECTS
+from .detect import DIALECTS, is_lora
 from .tensorfile import TensorFile, join_files
 
 Span = tuple[int, int | None]
@@ -129,7 +129,7 @@ def open_source(path: str | Path) -> SourceModel:
     """
     path = Path(path)
     files = join_files(path, _shards(path))
-    _refuse_quantized(files)
+    _refuse_others(files)
     names, notes = _model_names(files)
     shapes = {new: files.info[old].shape for new, old in names.items()}
     if not any(len(shape) == 2 for shape in shapes.values()):
@@ -149,7 +149,9 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
-def _refuse_quantized(files: TensorFile) -> None:
+def _refuse_others(files: TensorFile) -> None:
+    if is_lora(files):
+        raise ValueError(f"{files.path.name}: expected a 16-bit model, got a LoRA. Name a model file.")
     for dialect in DIALECTS:
         if dialect.detect(files):
             raise ValueError(

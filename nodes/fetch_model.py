@@ -33,7 +33,10 @@ class SVDQuantFetchModel(io.ComfyNode):
                 io.String.Input(
                     "source",
                     default="",
-                    tooltip="owner/repository/path/file.safetensors, with @revision if wanted; used with 'other'.",
+                    tooltip=(
+                        "Used with 'other': owner/repository/path/file.safetensors, with @revision if wanted, or the "
+                        "file's address on the hub."
+                    ),
                 ),
             ],
             outputs=[io.String.Output("path", display_name="path", tooltip="Where the file is now.")],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...loaders import lora_nunchaku
 from ...loaders.lora import read_lora
-from ...loaders.lora_names import Renamed, guess_family, guess_other_family, rename
+from ...loaders.lora_names import Renamed, guess_family, guess_other_family, rename, split
 from . import joining, nunchaku_lora
 from . import patches as patching
 from .lora_layers import known_names
@@ -122,8 +122,10 @@ def make_patches(model, path: Path, tensors: Mapping[str, Tensor]) -> tuple[Patc
 
 
 def _why_none(tensors: Mapping[str, Tensor], renamed: Renamed) -> str:
-    looks = guess_family(tensors)
     example = next(iter(renamed.unmatched), next(iter(tensors), "(none)"))
+    if {split(name)[1] for name in tensors} <= {"", "set_weight"}:
+        return f"expected a LoRA, got {len(tensors)} tensors such as {example!r}, none of a LoRA. Is it a whole model?"
+    looks = guess_family(tensors)
     remedy = (
         "Use ComfyUI's Load LoRA, which takes a CLIP." if renamed.text_encoder == len(tensors) > 0 else _OTHER
     )

@@ -23,7 +23,14 @@ REFUSED = {
         {"lora_unet_input_blocks_4_1_proj_in.lora_up.weight": torch.ones(2, 2)},
         "none of its 1 tensors.*It looks like a LoRA for SDXL or Stable Diffusion. Choose",
     ),
-    "text-encoder-only": (pair("lora_te1_text_model"), "It looks like a LoRA for a text encoder only"),
+    "text-encoder-only": (
+        pair("lora_te1_text_model"),
+        "It looks like a LoRA for a text encoder only. Use ComfyUI's Load LoRA, which takes a CLIP",
+    ),
+    "sdxl-with-text-encoders": (
+        pair("lora_te1_text_model") | pair("lora_unet_down_blocks_1_attentions_0_proj_in"),
+        "such as 'lora_unet_.*It looks like a LoRA for SDXL",
+    ),
     "deeper-model": (
         pair(QKV, 3 * H) | pair(QKV.replace("0", "5"), 3 * H),
         r"double_blocks\.5\..*expected double_blocks 0 to 0, got 5. The LoRA is for a model with more blocks",
@@ -77,5 +84,5 @@ def test_refused_in_one_sentence(quantized, tmp_path, tensors, message):
 
 @pytest.mark.parametrize("file", [DEMO_BF16, DEMO_INT4], ids=["16-bit", "4-bit"])
 def test_a_whole_model_is_no_lora(quantized, file):
-    with pytest.raises(ValueError, match="none of its|got a quantized model"):
+    with pytest.raises(ValueError, match="none of a LoRA. Is it a whole model|got a quantized model"):
         apply_lora(quantized, file, 1.0)

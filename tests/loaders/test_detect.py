@@ -30,6 +30,17 @@ NOT_OURS = {
         {"transformer.x.lora_A.weight": HALF, "transformer.x.lora_B.weight": HALF},
         "a LoRA. Load it",
     ),
+    "clip": (
+        {"text_model.encoder.layers.0.mlp.fc1.weight": HALF},
+        "a 16-bit text encoder. Load it with ComfyUI's Load CLIP",
+    ),
+    "t5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": HALF}, "a 16-bit text encoder"),
+    "language-model": ({"model.embed_tokens.weight": HALF}, "a 16-bit text encoder"),
+    "vae": ({"decoder.conv_in.weight": HALF}, "a VAE. Load it with ComfyUI's Load VAE"),
+    "whole-checkpoint": (
+        {"model.diffusion_model.out.2.weight": HALF, "first_stage_model.decoder.conv_in.weight": HALF},
+        "a whole 16-bit checkpoint. Load it with ComfyUI's Load Checkpoint",
+    ),
     "fp8-model": (
         {"x.weight": HALF, "x.comfy_quant": json_tensor({"format": "float8_e4m3fn"})},
         "one of ComfyUI's own quantized formats. Load it with ComfyUI's Load Diffusion Model",

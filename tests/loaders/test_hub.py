@@ -82,8 +82,10 @@ def test_published_flux_dev():
         ("a/b/sub/dir/c.safetensors", "a/b", "sub/dir/c.safetensors", "main"),
         ("a/b/c.safetensors@v2", "a/b", "c.safetensors", "v2"),
         ("a/b/c.safetensors@refs/pr/3", "a/b", "c.safetensors", "refs/pr/3"),
+        ("https://huggingface.co/a/b/resolve/main/sub/c.safetensors", "a/b", "sub/c.safetensors", "main"),
+        ("https://huggingface.co/a/b/blob/v2/c.safetensors?download=true", "a/b", "c.safetensors", "v2"),
     ],
-    ids=["plain", "subfolder", "revision", "revision-with-slashes"],
+    ids=["plain", "subfolder", "revision", "revision-with-slashes", "address", "address-of-a-page"],
 )
 def test_parse(text, repo, file, revision):
     source = hub.parse(text)
@@ -100,11 +102,23 @@ def test_parse(text, repo, file, revision):
         ("a/b/../../c.safetensors", "expected a published name"),
         ("a/b/..\\c.safetensors", "expected a published name"),
         ("/etc/b/c.safetensors", "expected a published name"),
+        ("https://example.org/a/b/resolve/main/c.safetensors", "expected a published name"),
         ("a/b/c.ckpt", r"expected a \.safetensors file"),
         ("a/b/c.safetensors.zip", r"expected a \.safetensors file"),
         ("a..b/b/c.safetensors", "Cannot have -- or .. in repo_id"),
     ],
-    ids=["no-such-name", "no-repo", "empty", "climbs", "backslash", "absolute", "pickle", "zip", "bad-repo"],
+    ids=[
+        "no-such-name",
+        "no-repo",
+        "empty",
+        "climbs",
+        "backslash",
+        "absolute",
+        "elsewhere",
+        "pickle",
+        "zip",
+        "bad-repo",
+    ],
 )
 def test_parse_refuses(text, message):
     with pytest.raises(ValueError, match=message):

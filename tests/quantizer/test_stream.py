@@ -162,6 +162,10 @@ BAD = {
         lambda t: t.update({"a.weight": torch.zeros(128, 64, dtype=torch.int8)}),
         r"a\.weight: expected a 16-bit or fp8 weight, got torch\.int8",
     ),
+    "lora": (
+        lambda t: t.clear() or t.update({f"x.{i}.lora_A.weight": torch.zeros(128, 128) for i in range(2)}),
+        "expected a 16-bit model, got a LoRA",
+    ),
     "no-model": (
         lambda t: t.clear() or t.update(a=torch.zeros(3)),
         "expected the linears of a diffusion model",
