@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .reference import rounded
 from .weights import LinearWeights
@@ -129,6 +130,43 @@ def with_bias(parts: Sequence[Part], bias: Tensor | None) -> Sequence[Part]:
     return [*given, *parts[len(given) :]]
 
 
+def absorb(x: Tensor, parts: Sequence[Part], branches: Sequence[Branch]) -> tuple[list[Part], list[Branch]]:
+    """Parts that have the branches as more rank of their own, and the branches that must be added beside them.
+
+    So a LoRA costs a kernel a few ranks, and its output is written once. Dense differences and Kronecker products have
+    no rank to give, AWQ parts no place for it. Where x has 16 bits, `down` is rounded to the dtype of the part's own,
+    which tensor cores take; that costs at most what rounding the branch's share of the output does.
+    """
+    fits = [b for b in branches if b.up is not None and b.kron is None]
+    if not fits or any(part.weights.down is None for part in parts):
+        return list(parts), list(branches)
+    size = parts[-1].rows.stop, x.shape[1]
+    wider = [replace(part, weights=_with_rank(x, part, fits, size)) for part in parts]
+    return wider, [b for b in branches if b.up is None or b.kron is not None]
+
+
+def _with_rank(x: Tensor, part: Part, branches: Sequence[Branch], size: tuple[int, int]) -> LinearWeights:
+    downs, ups = [part.weights.down], [part.weights.up]
+    for branch in branches:
+        rows = _common(branch.rows, part.rows, size[0])
+        columns = _common(branch.columns, part.columns, size[1])
+        if rows and columns:
+            downs.append(pad(branch.down[:, columns[0]], columns[1]))
+            ups.append(pad(branch.up[rows[0]].float() * branch.strength, (0, 0, *rows[1])))
+    if x.dtype.itemsize == 2:
+        downs = [down.to(part.weights.down.dtype) for down in downs]
+    return replace(part.weights, down=torch.cat(downs), up=torch.cat(ups, dim=1))
+
+
+def _common(branch: slice, part: slice, size: int) -> tuple[slice, tuple[int, int]] | None:
+    """Which of a branch's rows or columns a part has, and how many of the part's come before and behind them."""
+    start, stop, _ = branch.indices(size)
+    first, last = max(start, part.start), min(stop, part.stop)
+    return (
+        (slice(first - start, last - start), (first - part.start, part.stop - last)) if first < last else None
+    )
+
+
 def add_branches(y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
     """Add LoRA branches to a layer's output, in fp32.
 
@@ -159,9 +197,10 @@ def forward(
     bias     [N]        any float or None      added once; the parts carry none of their own here
     returns  [..., N]   as x
     """
-    flat, parts = x.reshape(-1, x.shape[-1]), with_bias(parts, bias)
-    if branches:
-        y = rounded(add_branches(join(flat, parts, ops), flat, branches), x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    parts, beside = absorb(flat, with_bias(parts, bias), branches)
+    if beside:
+        y = rounded(add_branches(join(flat, parts, ops), flat, beside), x.dtype)
     else:
         y = join(flat, parts, ops, dtype=x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])

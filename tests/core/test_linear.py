@@ -228,3 +228,41 @@ def test_fp16_saturates_instead_of_overflowing():
     bias = torch.full((64,), 1e6)
     y = linear.forward(torch.ones(2, 64, dtype=torch.float16), [weights], bias, (), reference)
     assert torch.equal(y, torch.full_like(y, 65504.0))
+
+
+# ---- branches as more rank ----
+
+
+@pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES)
+def test_absorbed_branches_against_dense(branches):
+    """Beside each other, too: a branch that reads both parts is in both."""
+    parts = [part("int4", 160, 64, seed=1), part("int4-unsigned", 160, 64, column=64, seed=10)]
+    x, bias = layers.random(5, 128, seed=2), layers.random(160, seed=3)
+    y = linear.forward(x, parts, bias, branches, reference)
+    assert_close(y, judge(x, parts, 160, bias, branches), "fp32_sum")
+
+
+def test_what_has_rank_is_absorbed_and_the_rest_stays_beside():
+    parts = [part("int4", 96, 128, seed=1), part("nvfp4", 64, 128, row=96, seed=10)]
+    whole, upper = branch(ALL, ALL, 160, 128), branch(slice(0, 96), ALL, 96, 128)
+    difference = Branch(layers.random(160, 128, seed=7), None, 1.0, ALL, ALL)
+    product = kron(4, 2, 40, 64)
+    wider, beside = linear.absorb(layers.random(1, 128, seed=0), parts, [whole, difference, upper, product])
+    assert [p.weights.rank for p in wider] == [16 + 4 + 4, 16 + 4]
+    assert beside == [difference, product]
+    assert [p.weights.rank for p in parts] == [16, 16]
+
+
+def test_awq_has_no_place_for_rank():
+    parts, lora = [part("awq", 64, 128)], [branch(ALL, ALL, 64, 128)]
+    assert linear.absorb(layers.random(1, 128, seed=0), parts, lora) == (parts, lora)
+    x = layers.random(3, 128, seed=2)
+    y = linear.forward(x, parts, None, lora, reference)
+    assert_close(y, judge(x, parts, 64, None, lora), "fp32_sum")
+
+
+@pytest.mark.parametrize(("acts", "kept"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_down_of_a_fine_pair_is_rounded_where_the_output_is(acts, kept):
+    parts, lora = [part("int4", 64, 128, dtype=torch.bfloat16)], [branch(ALL, ALL, 64, 128)]
+    (wider,), _ = linear.absorb(layers.random(1, 128, seed=0, dtype=layers.DTYPES[acts]), parts, lora)
+    assert wider.weights.down.dtype == kept and wider.weights.up.dtype == torch.float32
