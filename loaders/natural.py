@@ -1,6 +1,7 @@
-"""The natural dialect: row-major, one code a byte, nothing to know. For other tools, and for checking.
+"""The natural dialect: row-major, nothing to know. For models without a layout of their own, and for checking.
 
-X.codes         [N, K]   int8 (INT4, -8..7) | uint8 (NVFP4: e2m1 codes 0..15; AWQ: 0..15)
+X.codes         [N, K]   int8 (INT4, -8..7) | uint8 (NVFP4: e2m1 codes 0..15; AWQ: 0..15), or in half the space
+X.nibbles       [N, K/2] uint8, two codes a byte, even column in the low half (INT4: two's complement)
 X.scales        [N, G]   as stored elsewhere: 16-bit, e4m3 for NVFP4
 X.second_scale  [1]|[N]  NVFP4
 X.zeros         [N, G]   AWQ
@@ -12,6 +13,7 @@ X.act_shift     [1]      F32, where activations are shifted and their codes unsi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +43,7 @@ from .tensorfile import TensorFile
 from .writer import Progress, write_checkpoint
 
 _TAILS = ("codes", "scales", "second_scale", "zeros", "smooth", "down", "up", "bias", "act_shift")
-FIELDS = {tail: tail for tail in _TAILS}
+FIELDS = {tail: tail for tail in _TAILS} | {"nibbles": "codes"}
 _W4A4 = ("smooth", "down", "up")
 _NEEDED = {"int4": _W4A4, "nvfp4": (*_W4A4, "second_scale"), "awq": ("zeros",)}
 _UNWANTED = {"int4": ("zeros", "second_scale"), "nvfp4": ("zeros", "act_shift"), "awq": (*_W4A4, "act_shift")}
@@ -49,8 +51,9 @@ _HINT = "The file is damaged; convert it again."
 
 
 def detect(files: TensorFile) -> bool:
-    """Whether any layer has both `X.codes` and `X.scales`."""
-    return any(name.endswith(".codes") and f"{name[:-6]}.scales" in files for name in files)
+    """Whether any layer has `X.codes` or `X.nibbles` beside `X.scales`."""
+    layers = (name.rpartition(".")[0] for name in files if name.endswith((".codes", ".nibbles")))
+    return any(f"{layer}.scales" in files for layer in layers)
 
 
 def read(files: TensorFile) -> Checkpoint:
@@ -66,6 +69,7 @@ def describe(files: TensorFile, layer: str, keys: Mapping[str, str]) -> LayerInf
     shape = check_tensor(files, keys["codes"], dtypes=(torch.int8, torch.uint8)).shape
     scales = check_tensor(files, keys["scales"], dtypes=(*FLOATS, torch.float8_e4m3fn))
     n, k = shape if len(shape) == 2 else (0, 0)
+    k *= 2 if _packed(keys) else 1
     groups = scales.shape[1] if len(scales.shape) == 2 and scales.shape[0] == n else 0
     if not n or not k or not groups or k % groups or (k // groups) % 16:
         raise ValueError(
@@ -80,10 +84,16 @@ def describe(files: TensorFile, layer: str, keys: Mapping[str, str]) -> LayerInf
     return LayerInfo(spec, n, k, rank, layer_bytes(files, keys), keys)
 
 
+def _packed(keys: Mapping[str, str]) -> bool:
+    return keys["codes"].endswith(".nibbles")
+
+
 def _format(files: TensorFile, keys: Mapping[str, str]) -> str:
-    if files.info[keys["codes"]].dtype == torch.int8:
-        return "int4"
-    return "nvfp4" if files.info[keys["scales"]].dtype == torch.float8_e4m3fn else "awq"
+    if files.info[keys["scales"]].dtype == torch.float8_e4m3fn:
+        return "nvfp4"
+    if _packed(keys):
+        return "awq" if "zeros" in keys else "int4"
+    return "int4" if files.info[keys["codes"]].dtype == torch.int8 else "awq"
 
 
 def _check_others(files: TensorFile, keys: Mapping[str, str], n: int, k: int, groups: int) -> int:
@@ -103,6 +113,8 @@ def _act_shift(files: TensorFile, keys: Mapping[str, str]) -> float:
 
 
 def _decode(t: Mapping[str, Tensor], info: LayerInfo) -> LinearWeights:
+    if _packed(info.keys):
+        return LinearWeights(info.spec, **t)
     low, high = (STORED_MIN, STORED_MAX) if info.spec.format == "int4" else (0, UNSIGNED_MAX)
     smallest, largest = (int(v) for v in t["codes"].aminmax())
     if smallest < low or largest > high:
@@ -111,10 +123,12 @@ def _decode(t: Mapping[str, Tensor], info: LayerInfo) -> LinearWeights:
     return LinearWeights(info.spec, pack_nibbles(t["codes"]), **fields)
 
 
-def encode_linear(weights: LinearWeights) -> dict[str, Tensor]:
-    """One linear by the last part of the tensors' names."""
+def encode_linear(weights: LinearWeights, *, packed: bool = False) -> dict[str, Tensor]:
+    """One linear by the last part of the tensors' names; packed: two codes a byte."""
+    tensors = weights.tensors()
+    codes = tensors.pop("codes")
     unpack = unpack_signed if weights.spec.format == "int4" else unpack_unsigned
-    tensors = {**weights.tensors(), "codes": unpack(weights.codes)}
+    tensors = {"nibbles": codes} | tensors if packed else {"codes": unpack(codes)} | tensors
     if weights.spec.act_shift:
         tensors["act_shift"] = torch.tensor([weights.spec.act_shift], dtype=torch.float32)
     return tensors
@@ -126,7 +140,9 @@ def write(
     plain: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     *,
+    packed: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write a natural file; arguments as in writer.write_checkpoint."""
-    write_checkpoint(path, layers, plain, metadata, encode_linear, progress=progress)
+    """Write a natural file, one code a byte or two; other arguments as in writer.write_checkpoint."""
+    encode = partial(encode_linear, packed=packed)
+    write_checkpoint(path, layers, plain, metadata, encode, progress=progress)

@@ -17,10 +17,11 @@ def weights(name: str):
     return layers.random_linear(name, 48, 192, rank=5)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["code-a-byte", "packed"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_round_trip_keeps_every_bit_and_the_shift(tmp_path, name):
+def test_round_trip_keeps_every_bit_and_the_shift(tmp_path, name, packed):
     path, w = tmp_path / "a.safetensors", weights(name)
-    natural.write(path, {"a.b": w}, made.PLAIN, {"config": "{}"})
+    natural.write(path, {"a.b": w}, made.PLAIN, {"config": "{}"}, packed=packed)
     back = open_checkpoint(path)
     assert back.dialect == "natural" and back.metadata == {"config": "{}"}
     assert back.layers["a.b"].spec == back.info["a.b"].spec == w.spec
@@ -52,7 +53,29 @@ def tensors(name: str, **changes) -> dict[str, torch.Tensor]:
     return {f"a.b.{tail}": t for tail, t in found.items() if t is not None}
 
 
+def test_packed_codes_take_half_the_bytes():
+    whole, packed = (natural.encode_linear(weights("int4"), packed=p) for p in (False, True))
+    assert packed["nibbles"].nbytes * 2 == whole["codes"].nbytes
+    assert "codes" not in packed
+
+
+def test_layers_of_every_kind_in_one_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    mixed = {f"a.{name}": layers.random_linear(name, 48, 192, rank=r) for r, name in enumerate(FORMATS)}
+    natural.write(path, mixed, {"a.plain.weight": torch.ones(48, 192)}, {}, packed=True)
+    back = open_checkpoint(path)
+    assert {name: (i.spec, i.rank) for name, i in back.info.items()} == {
+        name: (w.spec, w.rank) for name, w in mixed.items()
+    }
+    assert list(back.plain) == ["a.plain.weight"]
+
+
 BAD = {
+    "codes-twice": (
+        "int4",
+        dict(nibbles=torch.zeros(48, 96, dtype=torch.uint8)),
+        "expected one tensor for codes, got also",
+    ),
     "int4-without-smooth": ("int4", dict(smooth=None), "a.b.smooth: expected this tensor"),
     "int4-with-second-scale": (
         "int4",
