@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..svdquant.adapters import compare as host
 from ..svdquant.adapters import sampling
 from ..svdquant.quantizer import compare
 from ..svdquant.quantizer.statistics import Statistics
+from .sample import SETTINGS
 
 ROWS = 256  # input rows kept of a linear
 WORST = 5  # linears named in the report
@@ -34,36 +34,7 @@ class SVDQuantCompare(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the image should show."),
                 io.Latent.Input("latent", tooltip="An empty latent; a batch is compared picture by picture."),
                 io.Vae.Input("vae", tooltip="Decodes both."),
-                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, tooltip="Same seed, same comparison."),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="1 for distilled models such as FLUX.1.",
-                ),
-                io.Float.Input(
-                    "guidance",
-                    default=3.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Of FLUX.1-dev; others ignore it.",
-                ),
-                io.Combo.Input(
-                    "sampler",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler",
-                    tooltip="The solver.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="simple",
-                    tooltip="How noise levels are spaced.",
-                ),
+                *SETTINGS,
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What to steer away from; needed when cfg is not 1."
                 ),

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..svdquant.adapters import sampling
 
-# KSampler's settings in its order, and guidance.
+# KSampler's settings in its order but for denoise, and guidance; SVDQuant Compare has the same.
 SETTINGS: list[io.Input] = [
     io.Int.Input(
         "seed",
@@ -52,14 +52,6 @@ SETTINGS: list[io.Input] = [
         default="simple",
         tooltip="How noise levels are spaced.",
     ),
-    io.Float.Input(
-        "denoise",
-        default=1.0,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        tooltip="1 starts from noise; less keeps part of the latent.",
-    ),
 ]
 
 
@@ -82,6 +74,14 @@ class SVDQuantSample(io.ComfyNode):
                     tooltip="An empty latent for text to image, an encoded image for image to image.",
                 ),
                 *SETTINGS,
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 starts from noise; less keeps part of the latent.",
+                ),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What to steer away from; needed when cfg is not 1."
                 ),
