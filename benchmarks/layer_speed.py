@@ -25,7 +25,8 @@ import pack
 
 pack.alias()
 from svdquant_nodes.svdquant.core.weights import INT4, INT4_UNSIGNED
-from svdquant_nodes.svdquant.quantizer import recipes, stream
+from svdquant_nodes.svdquant.quantizer import recipes
+from svdquant_nodes.svdquant.quantizer.jobs import round_weights
 from svdquant_nodes.svdquant.quantizer.task import Sample, Task, freeze, relative_error
 
 SHAPES = {  # N, K -> how many FLUX.1-dev has: 19 double blocks of two streams, 38 single blocks
@@ -55,7 +56,7 @@ def one(recipe: str, n: int, k: int, tokens: int, device: str) -> None:
     if recipe == "modulation":
         weight, bias = torch.randn(n, k) * 0.02, torch.zeros(n)
         began = clock(device)
-        stream.weight_only(weight, bias, 6 if n > 9216 else 3)
+        round_weights(weight, bias, 6 if n > 9216 else 3)
         print(clock(device) - began, 0.0)
     else:
         made = task(n, k, tokens, device)

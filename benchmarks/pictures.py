@@ -78,16 +78,7 @@ def main() -> None:
                     with tempfile.TemporaryDirectory() as folder:
                         path = Path(folder, "made.safetensors")
                         samples = None if recipe == "instant" else seen
-                        stream.quantize(
-                            plan.source,
-                            plan.jobs,
-                            path,
-                            stream.Settings(recipe),
-                            statistics=samples,
-                            plain=plan.plain,
-                            metadata=plan.metadata,
-                            dialect=plan.dialect,
-                        )
+                        stream.quantize(plan, path, stream.Settings(recipe), statistics=samples)
                         seconds = time.perf_counter() - began
                         near = draw(fourbit.load(path, model), args.scenes)
                     one = psnr(near, exact)

@@ -21,6 +21,7 @@ from .detect import DIALECTS, is_lora
 from .tensorfile import TensorFile, join_files
 
 Span = tuple[int, int | None]
+Change = Callable[[Tensor], Tensor] | None
 ALL: Span = (0, None)
 OTHER_MODELS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.", "clip_")
 OTHER_MODELS += ("model_ema.", "denoiser.")
@@ -101,9 +102,7 @@ class SourceModel:
         rows, columns = slice(*job.rows), slice(*job.columns)
         return weight[rows, columns].contiguous(), None if bias is None or not job.has_bias else bias[rows]
 
-    def renamed(
-        self, names: Mapping[str, tuple[tuple[str, ...], Callable[[Tensor], Tensor] | None]]
-    ) -> SourceModel:
+    def renamed(self, names: Mapping[str, tuple[tuple[str, ...], Change]]) -> SourceModel:
         """The same model under other names.
 
         names   new name -> (old names, joined by rows; a change of the joined tensor or None)
@@ -187,7 +186,7 @@ def _tensor(files: TensorFile, name: str) -> Tensor:
     return value.to(torch.bfloat16)
 
 
-def plain_tensors(source: SourceModel, names: Iterable[tuple[str, str, Callable[[Tensor], Tensor] | None]]):
+def plain_tensors(source: SourceModel, names: Iterable[tuple[str, str, Change]]) -> Lazy[Tensor]:
     """A lazy mapping of the tensors that stay as they are: (name in the file, name in the source, change)."""
     table = {new: (old, change) for new, old, change in names}
 

@@ -27,6 +27,11 @@ TENSORS_PER_LAYER = 10  # bound over all dialects we write
 LONGEST_TAIL = 24  # bound on "smooth_factor_orig" and its like
 METADATA_BYTES = 2048  # what an encoder may add to the metadata
 
+
+class DiskFull(ValueError):
+    """No space left on the device; the sentence names the file."""
+
+
 Encode = Callable[[LinearWeights], Mapping[str, Tensor]]
 Progress = Callable[[str, int, int], None]
 
@@ -109,6 +114,12 @@ def header_room(names: Iterable[str], metadata: Mapping[str, str]) -> int:
     return entries + len(json.dumps(dict(metadata))) + METADATA_BYTES
 
 
+def checkpoint_room(layers: Iterable[str], plain: Iterable[str], metadata: Mapping[str, str]) -> int:
+    """Bytes kept for the header of a checkpoint with these layers and other tensors."""
+    tails = [f"{name}.{'x' * LONGEST_TAIL}" for name in layers for _ in range(TENSORS_PER_LAYER)]
+    return header_room([*tails, *plain], metadata)
+
+
 def write_checkpoint(
     path: Path,
     layers: Mapping[str, LinearWeights],
@@ -126,11 +137,10 @@ def write_checkpoint(
     encode    LinearWeights -> {last part of the name: tensor}
     progress  called with (layer name, layers done, layers in all)
 
-    Raises ValueError for a full disk, a missing folder or int8 layers; the target then is as it was.
+    Raises DiskFull, or ValueError for a missing folder or int8 layers; the target then is as it was.
     """
-    tails = [f"{name}.{'x' * LONGEST_TAIL}" for name in layers for _ in range(TENSORS_PER_LAYER)]
     try:
-        with TensorWriter(path, metadata, header_room([*tails, *plain], metadata)) as out:
+        with TensorWriter(path, metadata, checkpoint_room(layers, plain, metadata)) as out:
             for done, name in enumerate(layers, 1):
                 for tail, tensor in encode(_storable(name, layers[name])).items():
                     out.add(f"{name}.{tail}", tensor)
@@ -141,7 +151,7 @@ def write_checkpoint(
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise ValueError(
+        raise DiskFull(
             f"{Path(path).name}: the disk is full; nothing was written. Free space in {Path(path).parent}."
         ) from None
 

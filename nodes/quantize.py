@@ -7,12 +7,35 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
+from ..loaders.plan import Plan
 from ..loaders.source import open_source
 from ..svdquant.adapters import folders, plans
 from ..svdquant.adapters import quantize as host
-from ..svdquant.quantizer import recipes, report, stream
+from ..svdquant.quantizer import choices, recipes, report, stream
 from ..svdquant.quantizer import statistics as kept
+from ..svdquant.quantizer.sensitivity import Limit
 from .calibrate import StatisticsType
+
+# What each linear's form is chosen to keep, instead of one rank for all.
+LIMITS: list[io.Input] = [
+    io.Int.Input(
+        "budget_mb",
+        default=0,
+        min=0,
+        max=2**20,
+        optional=True,
+        tooltip="File size: each linear gets the rank or the 16 bits that pay most. 0: the rank above.",
+    ),
+    io.Float.Input(
+        "error_percent",
+        default=0.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        optional=True,
+        tooltip="Output error of all linears together: the smallest file within it. 0: the rank above.",
+    ),
+]
 
 
 class SVDQuantQuantize(io.ComfyNode):
@@ -61,9 +84,8 @@ class SVDQuantQuantize(io.ComfyNode):
                 ),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Same seed, same file."),
                 StatisticsType.Input("statistics", optional=True, tooltip="From SVDQuant Calibrate."),
-                io.Latent.Input(
-                    "after", optional=True, tooltip="What the watched model sampled: wait for it."
-                ),
+                io.Latent.Input("after", optional=True, tooltip="What that model sampled: wait for it."),
+                *LIMITS,
                 io.Boolean.Input(
                     "save_statistics",
                     default=False,
@@ -92,12 +114,24 @@ class SVDQuantQuantize(io.ComfyNode):
         if more.get("save_statistics") and samples:
             kept.save(target.with_name(f"{target.stem}.statistics.safetensors"), samples)
         chosen = ("best" if samples else "instant") if recipe == "auto" else recipe
-        errors = write(plan, target, stream.Settings(chosen, seed, host.device()), samples)
+        settings = stream.Settings(chosen, seed, host.device())
+        limit = limit_of(more.get("budget_mb", 0), more.get("error_percent", 0.0))
+        decision, errors = write(plan, limit, target, settings, samples)
         text = report.as_text(target, errors, time.perf_counter() - began, measured=bool(samples))
+        text = "\n".join((*plan.source.notes, text, decision.as_text() if decision else "")).strip()
         return io.NodeOutput(str(target), text, ui=ui.PreviewText(text))
 
 
-def read_once(statistics: kept.Statistics | None, plan: plans.Plan) -> dict[str, kept.Sample] | None:
+def limit_of(budget_mb: int, error_percent: float) -> Limit | None:
+    """What the two inputs ask for; 0 is nothing. ValueError for both."""
+    if budget_mb and error_percent:
+        raise ValueError("budget_mb, error_percent: expected one of them, got both. Set one to 0.")
+    if budget_mb:
+        return Limit(nbytes=budget_mb * 2**20)
+    return Limit(error=error_percent / 100) if error_percent else None
+
+
+def read_once(statistics: kept.Statistics | None, plan: Plan) -> dict[str, kept.Sample] | None:
     """The samples the plan needs; None without statistics.
 
     Raises ValueError when the watched model has not been sampled.
@@ -114,17 +148,16 @@ def read_once(statistics: kept.Statistics | None, plan: plans.Plan) -> dict[str,
 
 
 def write(
-    plan: plans.Plan, target: Path, settings: stream.Settings, samples: dict | None
-) -> dict[str, float]:
-    """Quantize a plan under the host's progress bar; returns the error of each linear."""
-    return stream.quantize(
-        plan.source,
-        plan.jobs,
-        target,
-        settings,
-        statistics=samples,
-        plain=plan.plain,
-        metadata=plan.metadata,
-        dialect=plan.dialect,
-        progress=host.progress(),
+    plan: Plan, limit: Limit | None, target: Path, settings: stream.Settings, samples: dict | None
+) -> tuple[choices.Decision | None, dict[str, float]]:
+    """Choose forms where there is a limit, and quantize, under the host's progress bar; returns also the errors."""
+    if limit is None:
+        errors = stream.quantize(plan, target, settings, statistics=samples, progress=host.progress())
+        return None, errors
+    formats = {job.precision for job in plan.jobs} | {"plain"}
+    decision = choices.decide(
+        plan, limit, sorted(formats - {"awq"}), target, settings, statistics=samples, progress=host.progress()
     )
+    errors = stream.quantize(decision.plan, target, settings, statistics=samples, progress=host.progress())
+    choices.save(decision, target, errors)
+    return decision, errors

@@ -6,13 +6,11 @@ The family's table says how stored linears become the host's; here it is walked 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
-from torch import Tensor
-
-from ...loaders.source import ALL, Fold, Job, SourceModel
+from ...loaders.source import ALL, Change, Fold, Job, SourceModel
 from .families import flux
 from .family import Layer, Plain, Role, Stored
 
@@ -31,7 +29,7 @@ def flux_names(source: SourceModel) -> SourceModel | None:
     mapped = flux.FAMILY.map_names(
         SimpleNamespace(info=dict.fromkeys(names - _plain_linears(names)), plain_info=others)
     )
-    renamed: dict[str, tuple[tuple[str, ...], Callable[[Tensor], Tensor] | None]] = {}
+    renamed: dict[str, tuple[tuple[str, ...], Change]] = {}
     for host, pieces in mapped.linears.items():
         for end in ("weight", "bias"):
             old = tuple(f"{name}.{end}" for name, _ in pieces)
@@ -101,7 +99,7 @@ def _centring(host: str, name: str, index: int, width: int) -> tuple[str | None,
     return (double + "img_attn.proj" if host.endswith("_attn.proj") else host), ()
 
 
-def stored_name(name: str) -> tuple[str, str, Callable[[Tensor], Tensor] | None]:
+def stored_name(name: str) -> tuple[str, str, Change]:
     """(name in the file, name in the source, change) of a tensor that stays 16-bit."""
     for entry in flux.FAMILY.plain:
         index = _match(entry, name)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import replace
+from functools import partial
 
 from ...loaders import natural, nunchaku
-from ...loaders.source import Job, SourceModel, plain_tensors
+from ...loaders.plan import Plan
+from ...loaders.source import Job, SourceModel
 from ..core.weights import AWQ, INT4, NVFP4
-from .plan import Plan
 from .plan_flux import flux_jobs, flux_metadata, flux_names, stored_name
 
 GROUPS = {"int4": INT4.group, "nvfp4": NVFP4.group, "awq": AWQ.group}
@@ -65,13 +66,10 @@ def make_plan(
         raise ValueError(f"{source.path.name}: expected linears to quantize, got none that are large enough.")
     if not centred:
         jobs = [replace(job, center=None, folds=()) for job in jobs]
-    used = {f"{job.source}.{end}" for job in jobs for end in ("weight", "bias")}
-    left = [name for name in source.shapes if name not in used]
+    packed = partial(natural.write, packed=True)
     if host:
-        plain = plain_tensors(source, [stored_name(name) for name in left])
-        return Plan(family, source, tuple(jobs), plain, flux_metadata(source), nunchaku)
-    plain = plain_tensors(source, [(name, name, None) for name in left])
-    return Plan(family, source, tuple(jobs), plain, {}, natural)
+        return Plan(family, source, tuple(jobs), nunchaku.write, packed, flux_metadata(source), stored_name)
+    return Plan(family, source, tuple(jobs), packed, packed, {})
 
 
 def override(job: Job, overrides: tuple[tuple[str, str], ...]) -> Job:

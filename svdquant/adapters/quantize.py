@@ -29,11 +29,11 @@ def device() -> str:
     return str(comfy.model_management.get_torch_device())
 
 
-def progress() -> Callable[[str, int, int, float | None], None]:
+def progress() -> Callable[..., None]:
     """A callback for the quantizer that moves the host's bar and stops when the user interrupts."""
     show = folders.show_progress()
 
-    def report(name: str, done: int, total: int, error: float | None) -> None:
+    def report(name: str, done: int, total: int, error: float | None = None) -> None:
         show(done, total)
 
     return report

@@ -9,5 +9,10 @@ gptq.py       round column by column, each repairing the error of those before
 refit.py      the best branch and bias for codes that are already chosen
 recipes.py    instant, fast, best and the paper's own, as lists of the steps above
 statistics.py rows, means and extremes of every linear's inputs, gathered while a model runs
+jobs.py       from a linear of a plan to a task
 stream.py     a whole checkpoint, one layer in memory at a time
+sensitivity.py  what every precision and rank of every linear costs and spoils
+budget.py     the best choice among them within a size or an error
+compare.py    how far pictures are apart
+report.py     what it came to, in words
 """

@@ -143,3 +143,28 @@ def test_compare(model, quantized):
     assert errors == sorted(errors, reverse=True)
     assert 0 < errors[-1] < errors[0] < 30
     assert DEMO_INT4.is_file()
+
+
+def test_a_file_of_many_ranks_and_16_bit_linears_loads_and_samples(models, model):
+    """With room for some linears in 16 bits the mixed model is nearer to the original than one of rank 16 is."""
+    watched, statistics = SVDQuantCalibrate.execute(model, 256, 0).args
+    before = draw(watched)["samples"]
+    path, report = quantize(statistics=statistics, recipe="fast", budget_mb=8)
+    uniform, _ = quantize(statistics=statistics, recipe="fast", file_name="uniform")
+    assert "linears (plain: 16 bits)" in report
+    assert (models / "made.choices.json").is_file()
+    checkpoint, exact = open_checkpoint(path), model.model.diffusion_model.state_dict()
+    assert (models / "made.safetensors").stat().st_size <= 8 * 2**20
+    assert len({layer.rank for layer in checkpoint.info.values()}) > 2
+    made = load_model(path)
+    plain = [name for name in checkpoint.plain_info if re.match(r"(double|single)_blocks\..*\.weight", name)]
+    assert plain
+    there = made.model.diffusion_model.state_dict()
+    assert all(torch.equal(there[name], exact[name]) for name in plain)
+    errors = [torch.dist(draw(one)["samples"], before).item() for one in (made, load_model(uniform))]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_two_limits_are_refused(models):
+    with pytest.raises(ValueError, match="budget_mb, error_percent: expected one of them, got both"):
+        quantize(budget_mb=9, error_percent=5.0)

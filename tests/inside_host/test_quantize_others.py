@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from svdquant_nodes.loaders import natural
+from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.loaders.source import open_source
 from svdquant_nodes.svdquant.adapters import calibration
 from svdquant_nodes.svdquant.adapters.load import load_model
@@ -53,18 +53,9 @@ def test_generic_path(family, tmp_path):
     before = sample(calibration.recording(exact, seen.see), width, pooled, latent)
     assert {job.source for job in plan.jobs} <= set(seen)
     assert len(plan.jobs) == count
-    assert plan.dialect is natural
     target = tmp_path / "made.safetensors"
-    stream.quantize(
-        plan.source,
-        plan.jobs,
-        target,
-        stream.Settings("instant"),
-        statistics={name: seen[name] for name in seen},
-        plain=plan.plain,
-        metadata=plan.metadata,
-        dialect=plan.dialect,
-    )
+    stream.quantize(plan, target, stream.Settings("instant"), statistics=seen)
+    assert open_checkpoint(target).dialect == "natural"
     made = load_model(target)
     assert len(list(quantized_linears(made.model))) == count
     assert error(sample(made, width, pooled, latent), before) < 0.35  # W4A4 of random weights, two steps

@@ -7,7 +7,7 @@ import torch
 
 from svdquant_nodes.loaders.source import open_source
 from svdquant_nodes.svdquant.adapters.plans import make_plan, pays
-from svdquant_nodes.svdquant.quantizer import stream
+from svdquant_nodes.svdquant.quantizer import jobs
 from svdquant_nodes.svdquant.quantizer.statistics import Statistics
 from svdquant_nodes.tests.quantizer import tiny
 
@@ -47,10 +47,10 @@ def test_a_mean_that_is_folded_away_leaves_the_outputs_as_they_were(plan):
     qkv, out = (job(plan, f"single_transformer_blocks.0.{name}") for name in ("qkv_proj", "out_proj"))
     _, bias = plan.source.cut(qkv)
     mean = seen["single_blocks.0.linear2"].mean[:128]
-    folded = stream.fold(bias, qkv, seen)
+    folded = jobs.fold(bias, qkv, seen)
     torch.testing.assert_close(folded[256:], bias[256:] - mean)
     assert torch.equal(folded[:256], bias[:256])
-    assert torch.equal(stream.center_of(out, seen, "cpu"), mean)
+    assert torch.equal(jobs.center_of(out, seen, "cpu"), mean)
 
 
 def test_shifts_of_a_modulation_lose_what_their_readers_are_centred_by(plan):
@@ -59,7 +59,7 @@ def test_shifts_of_a_modulation_lose_what_their_readers_are_centred_by(plan):
         seen.see(name, torch.ones(8, plan.source.shapes[f"{name}.weight"][1]))
     modulation = job(plan, "transformer_blocks.0.norm1.linear")
     _, bias = plan.source.cut(modulation)
-    taken = (bias - stream.fold(bias, modulation, seen)).unflatten(0, (6, -1)).mean(1)
+    taken = (bias - jobs.fold(bias, modulation, seen)).unflatten(0, (6, -1)).mean(1)
     assert taken.tolist() == pytest.approx([1, 0, 0, 1, 0, 0], abs=1e-5)
 
 

@@ -29,17 +29,7 @@ def source(tmp_path_factory):
 
 def quantize(path, target, recipe="instant", *, statistics=None, progress=None, **options):
     plan = make_plan(open_source(path), **({"rank": 16} | options))
-    return stream.quantize(
-        plan.source,
-        plan.jobs,
-        target,
-        stream.Settings(recipe),
-        statistics=statistics,
-        plain=plan.plain,
-        metadata=plan.metadata,
-        dialect=plan.dialect,
-        progress=progress,
-    )
+    return stream.quantize(plan, target, stream.Settings(recipe), statistics=statistics, progress=progress)
 
 
 def dense(path):

@@ -6,13 +6,19 @@ A T5 text encoder becomes a file like the published 4-bit one; of the options it
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+from ...loaders.plan import Plan
 from ...loaders.source import SourceModel, open_source
 from ...svdquant.adapters.plans import make_plan
-from ...svdquant.quantizer import recipes, report, statistics, stream, text_encoder
+from ...svdquant.quantizer import choices, recipes, report, statistics, stream, text_encoder
+from ...svdquant.quantizer.sensitivity import FORMATS, Limit
+
+UNITS = {"": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN=PRECISION",
         help="precision of the linears whose name matches: int4, nvfp4, awq or plain; may be repeated",
     )
+    parser.add_argument(
+        "--budget", metavar="SIZE", help="size of the file, 6.5GB for instance: precision and rank by linear"
+    )
+    parser.add_argument(
+        "--error", metavar="PERCENT", help="output error of all linears together: the smallest file within it"
+    )
+    parser.add_argument(
+        "--formats",
+        metavar="LIST",
+        help=f"what --budget and --error choose among, of {', '.join(FORMATS)} (--precision and plain)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print only the summary")
 
 
@@ -60,18 +77,16 @@ def main(args: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     settings = stream.Settings(args.recipe or ("best" if samples else "instant"), args.seed, args.device)
     print(f"{source.path.name}: {plan.family}, {len(plan.jobs)} linears, recipe {settings.recipe}")
+    decision = decide(plan, args, settings, samples)
+    if decision:
+        plan = decision.plan
+        print(decision.as_text())
     errors = stream.quantize(
-        plan.source,
-        plan.jobs,
-        args.target,
-        settings,
-        statistics=samples,
-        plain=plan.plain,
-        metadata=plan.metadata,
-        dialect=plan.dialect,
-        progress=None if args.quiet else show,
+        plan, args.target, settings, statistics=samples, progress=None if args.quiet else show
     )
     print(report.summary(args.target, errors, time.monotonic() - began, measured=samples is not None))
+    if decision:
+        print(f"choices: {choices.save(decision, args.target, errors)}")
     return 0
 
 
@@ -79,7 +94,13 @@ def quantize_encoder(source: SourceModel, args: argparse.Namespace) -> int:
     """A T5 has one published form and needs no data. ValueError for options that ask for something else."""
     began, unfit = (
         time.monotonic(),
-        {"--precision nvfp4": args.precision == "nvfp4", "--stats": args.stats, "--layer": args.layer},
+        {
+            "--precision nvfp4": args.precision == "nvfp4",
+            "--stats": args.stats,
+            "--layer": args.layer,
+            "--budget": args.budget,
+            "--error": args.error,
+        },
     )
     for option in (name for name, given in unfit.items() if given):
         raise ValueError(
@@ -93,6 +114,39 @@ def quantize_encoder(source: SourceModel, args: argparse.Namespace) -> int:
     return 0
 
 
+def decide(
+    plan: Plan, args: argparse.Namespace, settings: stream.Settings, samples: Mapping | None
+) -> choices.Decision | None:
+    """The choice that --budget or --error asks for; None where neither does."""
+    limit = parse_limit(args.budget, args.error)
+    if limit is None:
+        if args.formats:
+            raise ValueError("--formats: expected --budget or --error beside it, got neither.")
+        return None
+    formats = args.formats.split(",") if args.formats else [args.precision, "plain"]
+    progress = None if args.quiet else show_measured
+    return choices.decide(plan, limit, formats, args.target, settings, statistics=samples, progress=progress)
+
+
+def parse_limit(size: str | None, percent: str | None) -> Limit | None:
+    """What --budget and --error say."""
+    if size and percent:
+        raise ValueError("--budget, --error: expected one of them, got both.")
+    if size:
+        found = re.fullmatch(r"([0-9.]+)\s*([KMG]B)?", size.strip().upper())
+        if not found:
+            raise ValueError(
+                f"--budget: expected a size such as 6.5GB, 900MB or a number of bytes, got {size!r}."
+            )
+        return Limit(nbytes=int(float(found[1]) * UNITS[found[2] or ""]))
+    if percent:
+        try:
+            return Limit(error=float(percent.rstrip("% ")) / 100)
+        except ValueError:
+            raise ValueError(f"--error: expected a percentage such as 5, got {percent!r}.") from None
+    return None
+
+
 def parse_override(text: str) -> tuple[str, str]:
     pattern, equals, precision = text.rpartition("=")
     if not equals or not pattern:
@@ -104,6 +158,13 @@ def check_target(source: Path, target: Path) -> None:
     """Writing must not pull the source from under its own memory map."""
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"{target.name}: expected a new file, got the source itself. Name another file.")
+
+
+def show_measured(name: str, done: int, total: int) -> None:
+    """One line on a terminal, rewritten; nothing in a log."""
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\r\x1b[Kmeasuring {done}/{total}  {name}", end=end, file=sys.stderr, flush=True)
 
 
 def show(name: str, done: int, total: int, error: float | None) -> None:

@@ -112,4 +112,5 @@ FAMILY = Family(
     marker=r"(single_transformer_blocks\.\d+\.(norm\.linear|mlp_fc1)|transformer_blocks\.\d+\.norm1_context\.linear)",
     layers=_IMAGE + _TEXT + _SINGLE,
     plain=_PLAIN,
+    same=r"(double|single)_blocks\.\d+\..*",  # linears that a mixed file keeps in 16 bits
 )
