@@ -46,6 +46,8 @@ def _quantize(source: File, target: str) -> Graph:
             seed=0,
             statistics=Link("watch", 1),
             after=Link("sample"),
+            budget_mb=0,
+            error_percent=0.0,
             save_statistics=False,
         ),
     }
