@@ -58,6 +58,20 @@ def small(blocks: int = 2, seed: int = 0, loud: float = 1.0) -> Encoder:
     return Encoder(stored | plain | again, dense | {name: t.float() for name, t in plain.items()})
 
 
+def gaussian(seed: int = 0) -> Encoder:
+    """The same with Gaussian fp16 weights that no code stands for; nothing is stored.
+
+    q is smaller by the root of the heads' width, as T5 begins: its attention divides by nothing.
+    """
+    draw, encoder = torch.Generator().manual_seed(seed), small(seed=seed)
+    drawn = {}
+    for name, t in encoder.dense.items():
+        if any(name.endswith(f"{linear}.weight") for linear in LINEARS):
+            size = (t.shape[1] * (INNER // HEADS if name.endswith("q.weight") else 1)) ** -0.5
+            drawn[name] = (torch.randn(t.shape, generator=draw) * size).half().float()
+    return Encoder({}, encoder.dense | drawn)
+
+
 def linear(n: int, k: int, draw: torch.Generator, size: float = 1.0) -> tuple[dict[str, Tensor], Tensor]:
     """One stored linear, and its weight: code * scale + zero, in groups of 128."""
     codes = torch.randint(0, 16, (n, k), generator=draw)

@@ -1,0 +1,127 @@
+"""A 4-bit T5 in a running ComfyUI: our node loads it, ComfyUI's own nodes encode and patch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+PLAIN = [["encoder.final_layer_norm.weight", [128]], ["shared.weight", [32128, 128]]]
+
+
+@pytest.fixture(scope="module")
+def files(comfy):
+    """A narrow T5 with the depth and MLP by which ComfyUI knows T5-XXL, in 4 bits, and a small one in 16."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = comfy.base_dir / "models" / "text_encoders"
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = torch.Generator().manual_seed(0)
+    save_file(four_bits(draw), folder / "t5-int4.safetensors")
+    save_file(sixteen_bits(draw), folder / "t5-fp16.safetensors")
+    return folder
+
+
+def around(draw, blocks):
+    """What is not a linear."""
+    import torch
+
+    plain = {name: torch.randn(shape, generator=draw).half() for name, shape in PLAIN}
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    plain[bias] = torch.randn(32, 2, generator=draw).half()
+    norms = [f"encoder.block.{block}.layer.{i}.layer_norm.weight" for block in range(blocks) for i in (0, 1)]
+    return plain | {name: torch.ones(128).half() for name in norms}
+
+
+def linears(blocks, hidden):
+    for block in range(blocks):
+        for name in "qkvo":
+            yield f"encoder.block.{block}.layer.0.SelfAttention.{name}", 128, 128
+        for name, n, k in (("wi_0", hidden, 128), ("wi_1", hidden, 128), ("wo", 128, hidden)):
+            yield f"encoder.block.{block}.layer.1.DenseReluDense.{name}", n, k
+
+
+def four_bits(draw, blocks=24, hidden=10240):
+    import torch
+
+    tensors = around(draw, blocks)
+    for name, n, k in linears(blocks, hidden):
+        tensors[f"{name}.qweight"] = torch.randint(-(2**15), 2**15, (n // 4, k), generator=draw).short()
+        rows, scale = -(-k // 1024) * 8, 0.2 * k**-0.5
+        tensors[f"{name}.scales"] = torch.full((rows, n), scale).half()
+        tensors[f"{name}.scaled_zeros"] = torch.full((rows, n), -7.5 * scale).half()
+    return tensors
+
+
+def sixteen_bits(draw, blocks=2, hidden=256):
+    import torch
+
+    weights = {f"{name}.weight": (n, k) for name, n, k in linears(blocks, hidden)}
+    made = {
+        name: (torch.randn(shape, generator=draw) * shape[1] ** -0.5).half()
+        for name, shape in weights.items()
+    }
+    return made | around(draw, blocks)
+
+
+def prompt(**nodes):
+    """Load, encode, and show the numbers as text."""
+    loaded = {"text_encoder1": "t5-int4.safetensors", "text_encoder2": "none", "type": "pixart"}
+    graph = {
+        "load": {"class_type": "SVDQuantLoadTextEncoder", "inputs": loaded},
+        "encode": {
+            "class_type": "CLIPTextEncode",
+            "inputs": {"clip": ["load", 0], "text": "a (red:1.2) fox"},
+        },
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["encode", 0]}},
+    }
+    return graph | nodes
+
+
+def shown(result):
+    """The text on the node called show."""
+    return result.outputs["show"]["text"][0]
+
+
+def test_stock_node_encodes(comfy, files):
+    first = shown(comfy.client.run(prompt()))
+    assert "tensor(" in first and "nan" not in first
+    assert shown(comfy.client.run(prompt())) == first
+
+
+def test_stock_lora_loader_changes_the_encoding_and_back(comfy, files):
+    import torch
+    from safetensors.torch import save_file
+
+    module = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.v"
+    lora = {f"{module}.lora_up.weight": torch.ones(128, 4), f"{module}.lora_down.weight": torch.ones(4, 128)}
+    folder = comfy.base_dir / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(lora, folder / "t5-lora.safetensors")
+    inputs = {
+        "clip": ["load", 0],
+        "lora_name": "t5-lora.safetensors",
+        "strength_model": 0.0,
+        "strength_clip": 1.0,
+    }
+    model = {"class_type": "SVDQuantLoadModel", "inputs": {"model_name": "svdquant-demo-int4.safetensors"}}
+    node = {"class_type": "LoraLoader", "inputs": inputs | {"model": ["model", 0]}}
+    encode = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["lora", 1], "text": "a (red:1.2) fox"}}
+    before = shown(comfy.client.run(prompt()))
+    assert shown(comfy.client.run(prompt(model=model, lora=node, encode=encode))) != before
+    assert shown(comfy.client.run(prompt())) == before
+
+
+def test_quantized_here_and_inspected(comfy, files):
+    graph = {
+        "1": {
+            "class_type": "SVDQuantQuantizeTextEncoder",
+            "inputs": {"source": "t5-fp16.safetensors", "file_name": "made/here"},
+        }
+    }
+    told = comfy.client.run(graph).outputs["1"]["text"][0]
+    assert told.startswith("here.safetensors: ") and "mean error of weights" in told
+    assert (files / "made" / "here.safetensors").is_file()
+    inspect = {"1": {"class_type": "SVDQuantInspect", "inputs": {"model_name": "made/here.safetensors"}}}
+    assert "nunchaku_t5, T5" in json.dumps(comfy.client.run(inspect).outputs)
