@@ -2,9 +2,11 @@
 //
 //   node open_workflow.cjs OPTIONS.json
 //
-// OPTIONS: url, workflow (a file the page saved), screenshot (PNG to write), chromium, playwright (folder), seconds.
-// Prints one JSON object: nodes (type, title, whether the page knows the type, names of the widgets), status,
-// messages and images of the run, shown (pictures the page has put on nodes), errors (raised in the page).
+// OPTIONS: url, workflow (a file the page saved), others (files to open and not to run), screenshot (PNG to write),
+// chromium, playwright (folder), seconds.
+// Prints one JSON object: nodes (type, title, whether the page knows the type, names and values of the widgets),
+// status, messages and images of the run, shown (pictures the page has put on nodes), others (nodes by file), errors
+// (raised in the page).
 
 const fs = require('fs')
 
@@ -36,8 +38,8 @@ async function openPage(browser, errors) {
 }
 
 // Drops the file on the canvas, as a user would.
-async function dropWorkflow(page) {
-  const text = fs.readFileSync(options.workflow, 'utf8')
+async function dropWorkflow(page, file) {
+  const text = fs.readFileSync(file, 'utf8')
   const count = JSON.parse(text).nodes.length
   const data = await page.evaluateHandle(content => {
     const transfer = new DataTransfer()
@@ -58,6 +60,7 @@ function drawnNodes(page) {
       title: node.title,
       known: node.type in window.LiteGraph.registered_node_types,
       widgets: (node.widgets ?? []).map(widget => widget.name),
+      values: (node.widgets ?? []).map(widget => widget.value),
     }))
   )
 }
@@ -96,15 +99,20 @@ async function main() {
   const errors = []
   try {
     const page = await openPage(browser, errors)
-    await dropWorkflow(page)
+    await dropWorkflow(page, options.workflow)
     const nodes = await drawnNodes(page)
     const run = await queue(page)
     const shown = await shownPictures(page)
     await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView'))
     await page.waitForTimeout(1000) // the canvas glides to the fitted view
     await page.screenshot({ path: options.screenshot })
+    const others = {}
+    for (const file of options.others) {
+      await dropWorkflow(page, file)
+      others[file] = await drawnNodes(page)
+    }
     const images = Object.values(run.outputs).flatMap(output => output.images ?? [])
-    console.log(JSON.stringify({ nodes, status: run.status.status_str, messages: run.status.messages, images, shown, errors }))
+    console.log(JSON.stringify({ nodes, status: run.status.status_str, messages: run.status.messages, images, shown, others, errors }))
   } finally {
     await browser.close()
   }

@@ -1,4 +1,7 @@
-"""The demo workflow in the real web page: opened, drawn, queued, its picture shown. Leaves artifacts/demo-ui.png."""
+"""The workflows in the real web page: all are opened and drawn; the demo is queued and its picture shown.
+
+Leaves artifacts/demo-ui.png.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from svdquant_nodes.tools.host.places import ROOT
 from svdquant_nodes.tools.host.server import ComfyServer
 
 WORKFLOW = ROOT / "workflows" / "demo.json"
+OTHERS = sorted(file for file in (ROOT / "workflows").glob("*.json") if file != WORKFLOW)
 SCREENSHOT = ROOT / "artifacts" / "demo-ui.png"
 SCRIPT = ROOT / "tests" / "ui" / "open_workflow.cjs"
 PATIENCE = 60  # seconds for any one thing in the page
@@ -31,10 +35,11 @@ def page(server, tmp_path_factory):
     SCREENSHOT.parent.mkdir(exist_ok=True)
     SCREENSHOT.unlink(missing_ok=True)
     options = {"url": server.url, "workflow": WORKFLOW, "screenshot": SCREENSHOT, "seconds": PATIENCE}
+    options |= {"others": OTHERS}
     options |= {"chromium": browser.chromium, "playwright": browser.playwright}
     file = tmp_path_factory.mktemp("ui") / "options.json"
     file.write_text(json.dumps(options, default=str))
-    done = subprocess.run([browser.node, SCRIPT, file], capture_output=True, text=True, timeout=4 * PATIENCE)
+    done = subprocess.run([browser.node, SCRIPT, file], capture_output=True, text=True, timeout=8 * PATIENCE)
     assert done.returncode == 0, done.stderr + server.log_text()[-2000:]
     return json.loads(done.stdout)
 
@@ -56,6 +61,18 @@ def test_the_page_queues_it_and_shows_the_picture(page, server):
     picture = server.client.view(page["images"][0])
     assert picture.startswith(b"\x89PNG")
     assert page["shown"] >= 1
+
+
+@pytest.mark.parametrize("file", OTHERS, ids=lambda file: file.stem)
+def test_every_template_opens_with_its_values(page, file):
+    """No node is missing, and the page reads each widget's value from its place."""
+    wanted = {node["title"]: node for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]}
+    drawn = {node["title"]: node for node in page["others"][str(file)]}
+    assert set(drawn) == set(wanted)
+    assert [title for title, node in drawn.items() if not node["known"]] == []
+    for title, node in wanted.items():
+        stored = node["widgets_values"]
+        assert drawn[title]["values"][: len(stored)] == stored, title
 
 
 def test_the_page_reports_no_error(page):

@@ -8,7 +8,9 @@ from .graph import Link, Node, Workflow
 
 COLUMN, WIDTH = 380, 320  # pixels between columns, width of a node
 NOTE = "MarkdownNote"  # drawn by the page alone
-UPLOADS = {"LoadImage": "image"}  # nodes whose page adds a widget of its own after the file list
+UPLOADS = {"LoadImage": "image"}  # nodes to which the page adds a widget of its own after the file list
+SEEDS = ("seed", "noise_seed")  # and inputs to which it adds what to do with them after a run
+NOTE_WIDTH = 480
 
 
 def api_form(workflow: Workflow) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def _draw(number: int, order: int, node: Node, info: dict[str, Any]) -> dict[str
             {"name": name, "type": kind, "links": []}
             for name, kind in zip(signature["output_name"], signature["output"], strict=True)
         ],
-        "title": node.title or signature["display_name"],
+        "title": node.title or signature["display_name"] or node.type,
         "properties": properties,
         "widgets_values": _widget_values(node, fields),
     }
@@ -102,8 +104,8 @@ def _note(number: int, workflow: Workflow, nodes: dict[str, Node]) -> dict[str, 
     return {
         "id": number,
         "type": NOTE,
-        "pos": [40 - COLUMN, 120],
-        "size": [WIDTH, 240 + 60 * len(files)],
+        "pos": [-NOTE_WIDTH - 40, 120],
+        "size": [NOTE_WIDTH, 220 + 40 * len(files)],
         "flags": {},
         "order": number - 1,
         "mode": 0,
@@ -133,6 +135,6 @@ def _widget_values(node: Node, fields: dict[str, Any]) -> list[Any]:
             continue
         options = spec[1] if len(spec) > 1 else {}
         values.append(node.inputs[key] if key in node.inputs else options["default"])
-        if options.get("control_after_generate"):
+        if options.get("control_after_generate") or key in SEEDS:
             values.append("fixed")
     return [*values, UPLOADS[node.type]] if node.type in UPLOADS else values

@@ -187,7 +187,7 @@ WORKFLOWS = (
     ),
     Workflow(
         "qwen-image-edit",
-        "Qwen-Image-Edit-2509, editing an image in four steps",
+        "Qwen-Image-Edit-2509, four steps",
         "Choose an image and say what should change. The node for the text also takes a second and a third image, for "
         "instance a face and a dress. The Lightning LoRA makes four steps enough; without it use 20 steps and cfg 4.",
         qwen_image_edit,
