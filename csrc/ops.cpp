@@ -3,8 +3,8 @@
 //
 // Schemas and fake kernels are in svdquant/kernels/ops.py. This file is compiled once for each library, with
 // SVDQUANT_DEVICE naming the dispatch key: CPU, linked with csrc/cpu/, or CUDA, linked with the .cu files, and then
-// SVDQUANT_GPU is defined. On a GPU nothing here waits for the device or allocates anything but results, and copies of
-// inputs whose rows are not contiguous or that are fp64.
+// SVDQUANT_GPU is defined. On a GPU nothing here waits for the device or allocates anything but results, what a kernel
+// asks for as scratch memory, and copies of inputs whose rows are not contiguous or that are fp64.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -17,6 +17,7 @@
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "launch.h"
 
@@ -83,6 +84,24 @@ Launch launch(const std::string& spelling) {
   l.parallel = [](int64_t count, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context) {
     at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
   };
+  return l;
+}
+
+// Memory for the length of a call. A GPU's allocator gives it to later calls in the order of the stream.
+struct Scratch {
+  at::TensorOptions options;
+  std::vector<Tensor> kept;
+
+  static void* allocate(void* owner, int64_t bytes) {
+    Scratch& scratch = *static_cast<Scratch*>(owner);
+    scratch.kept.push_back(at::empty({bytes}, scratch.options.dtype(at::kByte)));
+    return scratch.kept.back().mutable_data_ptr();
+  }
+};
+
+Launch launch(const std::string& spelling, Scratch& scratch) {
+  Launch l = launch(spelling);
+  l.allocate = Scratch::allocate, l.owner = &scratch;
   return l;
 }
 
@@ -198,7 +217,8 @@ Tensor gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tens
     args.second_scale = vector(*second_scale, "second_scale", kept[4]);
     if (second_scale->numel() == 1) args.second_scale.stride = 0;
   }
-  check_launch(gemm(args, launch(spelling)), spelling);
+  Scratch scratch = {hidden.options(), {}};
+  check_launch(gemm(args, launch(spelling, scratch)), spelling);
   return out;
 }
 

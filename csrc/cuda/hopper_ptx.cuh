@@ -81,10 +81,6 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* b, unsigned parity) {
 
 // ---- the copy engine (9.7.9.25.5.2): a box of a matrix to shared memory, zeros where the matrix has ended ----
 
-__device__ __forceinline__ void tma_prefetch(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // `column` and `row` are those of the box's first element.
 __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int column, int row, uint64_t* b) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"

@@ -113,24 +113,41 @@ def _gpu(index: int | None) -> select.Device:
     missing = select.unfit(found.capability, here.name)
     if not missing:
         fit = [(p.major, p.minor) for p in every if not select.unfit((p.major, p.minor), p.name)]
-        missing = jit.load(jit.cuda_target(*fit)) or _distrust(found, torch.device("cuda", index), here.name)
-    return replace(found, missing=missing)
-
-
-def _distrust(found: select.Device, where: torch.device, name: str) -> str:
-    """What is wrong with the kernels that a device would run, which is logged; "" if nothing."""
-    trial = _Trial(found)
-    names = [op for op in select.OPS if trial.spelling(op, torch.bfloat16) not in PLAIN]
-    fault = selftest.problem(trial, where, names)
-    if fault is None:
-        return ""
-    log.warning(
-        "SVDQuant: the kernels failed their self-test on %s, so layers multiply dequantized weights in 16 bits "
-        "there: %s. Please report this line; SVDQUANT_KERNELS=off starts without the kernels.",
-        name,
-        fault,
+        missing = jit.load(jit.cuda_target(*fit))
+    return (
+        replace(found, missing=missing)
+        if missing
+        else _trusted(found, torch.device("cuda", index), here.name)
     )
-    return f"the self-test failed: {fault}"
+
+
+def _trusted(found: select.Device, where: torch.device, name: str) -> select.Device:
+    """The device without the spellings that are wrong on it, or without any where no other can take their place.
+
+    What it does without is logged.
+    """
+    while True:
+        trial = _Trial(found)
+        names = [op for op in select.OPS if trial.spelling(op, torch.bfloat16) not in PLAIN]
+        fault = selftest.problem(trial, where, names)
+        if fault is None:
+            return found
+        op = fault.split()[0].rstrip(":").split("/")[-1]
+        wrong = trial.spelling(op, torch.bfloat16)
+        found = replace(found, distrusted=found.distrusted | {wrong})
+        instead = _Trial(found).spelling(op, torch.bfloat16)
+        if instead in PLAIN:
+            log.warning(
+                "SVDQuant: the kernels failed their self-test on %s, so layers multiply dequantized weights in "
+                "16 bits there: %s. Please report this line; SVDQUANT_KERNELS=off starts without the kernels.",
+                name,
+                fault,
+            )
+            return replace(found, missing=f"the self-test failed: {fault}")
+        message = (
+            "SVDQuant: kernels %s failed their self-test on %s, so %s run there: %s. Please report this line."
+        )
+        log.warning(message, wrong, name, instead, fault)
 
 
 @cache

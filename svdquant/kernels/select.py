@@ -35,12 +35,14 @@ class Device:
     features     cpu: names of the spellings its library can run here
     capability   cuda: compute capability
     missing      why none of its kernels may run, "" if they may
+    distrusted   names of spellings that failed the self-test
     """
 
     type: str
     features: frozenset[str] = frozenset()
     capability: tuple[int, int] = (0, 0)
     missing: str = ""
+    distrusted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,9 @@ SPELLINGS = (
     Spelling(
         "portable", "cpu", FILE_OPS, _feature("portable"), on_request="slower than torch for a whole picture"
     ),
-    Spelling("wgmma_sm90", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma"), built=False),
+    Spelling("wgmma_e4m3", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma")),
     Spelling("mxf4_sm120", "cuda", NVFP4_OPS, _capability((12, 0), NEWEST_GPU, "mxf4nvf4 mma"), built=False),
+    Spelling("wgmma_sm90", "cuda", INT8_OPS, _capability((9, 0), (9, 0), "wgmma"), built=False),
     Spelling("mma_w8a8", "cuda", INT8_OPS, _capability(OLDEST_GPU, NEWEST_GPU, "mma.s8"), built=False),
     Spelling("mma_s4", "cuda", INT4_OPS, _capability((8, 0), (8, 9), "mma.s4")),
     Spelling("mma_sm75", "cuda", INT4_OPS, _capability((7, 5), (7, 5), "mma.m8n8k32")),
@@ -175,6 +178,7 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
         (request.wanted == "off", "SVDQUANT_KERNELS is off"),
         (request.wanted not in ("auto", "off", row.name), f"SVDQUANT_KERNELS asks for {request.wanted}"),
         (bool(device.missing), device.missing),
+        (row.name in device.distrusted, "it failed the self-test"),
         (request.dtype not in row.dtypes, f"activations are {request.dtype}"),
         (wrong_group, f"weight groups of {group} instead of {usual}"),
         (too_many, f"more than {MOST_AWQ_TOKENS} tokens"),

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdquant_nodes.svdquant.core import int4, reference
+from svdquant_nodes.svdquant.core import int4, linear, reference
 from svdquant_nodes.svdquant.core.weights import INT4, LinearWeights
 from svdquant_nodes.tests import layers
-from svdquant_nodes.tests.kernels.emulated import COMPILER, KernelError
-from svdquant_nodes.tests.kernels.emulated_hopper import Hopper
+from svdquant_nodes.tests.kernels.emulated import COMPILER, EmulatedOps, KernelError
+from svdquant_nodes.tests.kernels.emulated_hopper import ARCH, Hopper
 from svdquant_nodes.tests.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
@@ -98,6 +98,18 @@ def test_without_bias_and_scales_apart():
     wide[:, 2:5] = scales
     args = codes, wide[:, 2:5], hidden, weights
     assert_close(Hopper().gemm_int4(*args), reference.gemm_int4(*args), "split_branch")
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-unsigned"])
+@pytest.mark.parametrize("tokens", [128, 130], ids=["one-row-of-tiles", "two-rows"])
+def test_layer(name, tokens):
+    """Through the entry points, where few tokens take the product that needs no pass over the weights."""
+    weights = layers.random_linear(name, 72, 192, 24)
+    x = layers.random(tokens, 192, seed=8, dtype=torch.bfloat16)
+    if name == "int4-unsigned":
+        x = torch.nn.functional.gelu(x.float(), approximate="tanh").bfloat16()
+    got = linear.linear(x, weights, EmulatedOps(ARCH, "wgmma_e4m3"))
+    assert_close(got, linear.linear(x, weights, reference), "split_branch")
 
 
 def test_refusals():

@@ -13,6 +13,7 @@ NO_COMPILER = Device("cpu", missing="no C++ compiler named g++ was found")
 TURING, AMPERE, ADA, H100, BLACKWELL = (
     Device("cuda", capability=capability) for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0))
 )
+UNPROVEN = Device("cuda", capability=(9, 0), distrusted=frozenset({"wgmma_e4m3"}))
 BROKEN = Device("cuda", capability=(8, 9), missing="the self-test failed")
 INT4 = Request("gemm_int4", "bfloat16")
 
@@ -39,7 +40,8 @@ CHOICES = {  # device, request, spelling
     "ampere": (AMPERE, INT4, "mma_s4"),
     "ada": (ADA, INT4, "mma_s4"),
     "ada-by-eight-bits": (ADA, Request("gemm_int4", "bfloat16", wanted="mma_s8"), "mma_s8"),
-    "hopper": (H100, INT4, "mma_s8"),
+    "hopper": (H100, INT4, "wgmma_e4m3"),
+    "hopper-that-failed": (UNPROVEN, INT4, "mma_s8"),
     "blackwell": (BLACKWELL, INT4, "mma_s8"),
     "nvfp4-on-turing": (TURING, Request("quantize_nvfp4", "float16"), "mma_f16"),
     "nvfp4-on-blackwell": (BLACKWELL, Request("gemm_nvfp4", "bfloat16"), "mma_f16"),
@@ -79,8 +81,9 @@ REASONS = {  # device, request, spelling, reason
         "kernels",
         "none is written for gemm_int4 on mps",
     ),
-    "capability": (H100, INT4, "mma_s4", "mma.s4 needs compute capability 8.0 to 8.9, this is 9.0"),
-    "one-capability": (H100, INT4, "mma_sm75", "mma.m8n8k32 needs compute capability 7.5, this is 9.0"),
+    "capability": (UNPROVEN, INT4, "mma_s4", "mma.s4 needs compute capability 8.0 to 8.9, this is 9.0"),
+    "one-capability": (UNPROVEN, INT4, "mma_sm75", "mma.m8n8k32 needs compute capability 7.5, this is 9.0"),
+    "self-test": (UNPROVEN, INT4, "wgmma_e4m3", "it failed the self-test"),
     "on-request": (OLD_X86, INT4, "portable", "slower than torch for a whole picture"),
     "prompt": (X86, Request("gemv_awq", "float32", tokens=25), "avx2", "more than 24 tokens"),
     "prompt-on-a-gpu": (ADA, Request("gemv_awq", "bfloat16", tokens=25), "gemv", "more than 24 tokens"),

@@ -98,7 +98,9 @@ def test_the_kernels_of_this_processor_pass():
 
 
 @pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
-@pytest.mark.parametrize(("spelling", "arch"), [("mma_sm75", 75), ("mma_s4", 80), ("mma_s8", 90)])
+@pytest.mark.parametrize(
+    ("spelling", "arch"), [("mma_sm75", 75), ("mma_s4", 80), ("mma_s8", 90), ("wgmma_e4m3", 90)]
+)
 def test_the_kernels_of_a_gpu_pass_when_emulated(monkeypatch, spelling, arch):
     """Small tiles only: the emulator takes a second for a large one."""
     monkeypatch.setattr(selftest, "CASES", [case for case in selftest.CASES if case.n < 100])
@@ -112,13 +114,30 @@ def test_a_gpu_that_fails_runs_without_kernels_and_says_so_once(monkeypatch, cap
     found = select.Device("cuda", capability=(8, 9))
     monkeypatch.setattr(selftest, "problem", lambda op_set, device, names: f"{names[0]} is off by 9")
     with caplog.at_level(logging.WARNING, logger="svdquant-nodes"):
-        reason = ops._distrust(found, CPU, "NVIDIA Something")
-    assert reason == "the self-test failed: quantize_int4 is off by 9"
-    (record,) = caplog.records
-    assert "self-test on NVIDIA Something" in record.getMessage() and reason[22:] in record.getMessage()
-    failed = select.Device("cuda", capability=(8, 9), missing=reason)
+        failed = ops._trusted(found, CPU, "NVIDIA Something")
+    assert failed.missing == "the self-test failed: quantize_int4 is off by 9"
+    first, last = (record.getMessage() for record in caplog.records)
+    assert "kernels mma_s4 failed their self-test on NVIDIA Something, so mma_s8 run there" in first
+    assert "16 bits there: quantize_int4 is off by 9" in last
     choice = select.choose(failed, select.Request("gemm_int4", "bfloat16"))
-    assert choice.spelling == "weight_only" and choice.against["mma_s4"] == (reason,)
+    assert choice.spelling == "weight_only" and failed.missing in choice.against["mma_s4"]
+
+
+def test_a_spelling_that_fails_gives_way_to_the_next(monkeypatch, caplog):
+    """The newest kernels of a card may be wrong there, and older ones not."""
+
+    def wrong(op_set, device, names):
+        return (
+            "quantize_int4/gemm_int4: no"
+            if op_set.spelling("gemm_int4", torch.bfloat16) == "wgmma_e4m3"
+            else None
+        )
+
+    monkeypatch.setattr(selftest, "problem", wrong)
+    with caplog.at_level(logging.WARNING, logger="svdquant-nodes"):
+        found = ops._trusted(select.Device("cuda", capability=(9, 0)), CPU, "NVIDIA H100")
+    assert found.distrusted == {"wgmma_e4m3"} and not found.missing
+    assert "kernels wgmma_e4m3 failed their self-test on NVIDIA H100, so mma_s8 run there" in caplog.text
 
 
 def test_the_check_calls_what_the_device_would_run(monkeypatch):
@@ -127,7 +146,7 @@ def test_the_check_calls_what_the_device_would_run(monkeypatch):
     monkeypatch.setattr(
         selftest, "problem", lambda op_set, device, names: seen.update(names=names, ops=op_set)
     )
-    assert ops._distrust(select.Device("cuda", capability=(7, 5)), CPU, "Tesla T4") == ""
+    assert not ops._trusted(select.Device("cuda", capability=(7, 5)), CPU, "Tesla T4").missing
     assert set(select.FILE_OPS) <= set(seen["names"])
     assert seen["ops"].spelling("gemm_int4", torch.float16) == "mma_sm75"
     assert seen["ops"].spelling("gemm_int4", torch.float64) == "weight_only"

@@ -1,6 +1,7 @@
 // What the tests call, by ctypes.
 #include "cuda_launch.h"
 #include "gemm.cuh"
+#include "scratch.h"
 
 using namespace svdquant;
 using emulator::Block;
@@ -32,7 +33,10 @@ const char* gemv(const Gemv* args) { return cuda::gemv_awq(*args, {}); }
 
 // By the name of a spelling, as ops.cpp calls them.
 const char* enter_quantize(const char* spelling, const Quantize* args) { return quantize(*args, {spelling}); }
-const char* enter_gemm(const char* spelling, const Gemm* args) { return gemm(*args, {spelling}); }
+const char* enter_gemm(const char* spelling, const Gemm* args) {
+  emulator::Scratch scratch;
+  return gemm(*args, scratch.launch(spelling));
+}
 const char* enter_gemv(const char* spelling, const Gemv* args) { return gemv_awq(*args, {spelling}); }
 const char* list_spellings() { return spellings(); }
 

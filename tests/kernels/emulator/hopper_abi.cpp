@@ -1,6 +1,7 @@
 // What the tests of the Hopper kernels call, by ctypes.
 #include "cuda_launch.h"
 #include "hopper_tile.cuh"
+#include "scratch.h"
 
 using namespace svdquant;
 
@@ -8,24 +9,9 @@ extern "C" {
 
 void set_multiprocessors(int count) { emulator::Block::current().multiprocessors = count; }
 
-// Memory as a GPU's allocator gives it: with whatever was there before.
-struct Scratch {
-  std::vector<std::vector<uint4>> kept;
-
-  static void* allocate(void* owner, int64_t bytes) {
-    auto& kept = static_cast<Scratch*>(owner)->kept;
-    kept.emplace_back((bytes + 15) / 16, uint4{~0u, ~0u, ~0u, ~0u});
-    const uintptr_t at = reinterpret_cast<uintptr_t>(kept.back().data());
-    emulator::Block::current().ranges.push_back({at, at + static_cast<uintptr_t>(bytes), true});
-    return kept.back().data();
-  }
-};
-
 const char* gemm_by_hopper(const Gemm* args) {
-  Scratch scratch;
-  Launch launch;
-  launch.allocate = Scratch::allocate, launch.owner = &scratch;
-  return cuda::gemm_int4_hopper(*args, launch);
+  emulator::Scratch scratch;
+  return cuda::gemm_int4_hopper(*args, scratch.launch(""));
 }
 
 int size_of_gemm_int8() { return sizeof(GemmInt8); }

@@ -32,8 +32,6 @@ inline void mbarrier_arrive(uint64_t* b) { mbarrier_arrive_expect(b, 0); }
 
 inline void mbarrier_wait(uint64_t* b, unsigned parity) { Block::current().wait_phase(barrier_offset(b), parity); }
 
-inline void tma_prefetch(const TensorMap*) {}
-
 inline void tma_load(void* to, const TensorMap* map, int column, int row, uint64_t* b) {
   Block& block = Block::current();
   block.check_range(map->data, (map->rows - 1) * map->row_bytes + map->columns * map->element_bytes, false);
