@@ -45,7 +45,7 @@ import comfy.ops
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from svdquant_nodes.svdquant.adapters import branches, layout
+from svdquant_nodes.svdquant.adapters import branches, joining, layout
 from svdquant_nodes.svdquant.adapters.operations import make_operations, quantized_linears
 from svdquant_nodes.svdquant.core import reference
 
@@ -138,9 +138,10 @@ def joined(base, tensors: dict[str, torch.Tensor], strength: float):
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    """Of the process itself: other work on the machine does not count."""
+    start = time.process_time()
     call()
-    return (time.perf_counter() - start) * 1e3
+    return (time.process_time() - start) * 1e3
 
 
 def time_steps(base, tensors: dict[str, torch.Tensor], rounds: int) -> dict[str, float]:
@@ -157,6 +158,17 @@ def time_steps(base, tensors: dict[str, torch.Tensor], rounds: int) -> dict[str,
     return {name: statistics.median(times) for name, times in seen.items()}
 
 
+def time_parts(patcher, rounds: int) -> dict[str, float]:
+    """Medians of our part alone: every layer's branches joined, and taken up again as when a hook switches back."""
+    joins, switches = [], []
+    for _ in range(rounds):
+        for _, layer in quantized_linears(patcher.model):
+            joining.forget(layer)
+        joins.append(milliseconds(lambda: branches.set_branches(patcher)))
+        switches.append(milliseconds(lambda: branches.set_branches(patcher)))
+    return {"join": statistics.median(joins), "switch": statistics.median(switches)}
+
+
 def swap(base, new) -> None:
     """What the host's loader does between two clones of one model: put the weights back, patch for the other."""
     base.model.__dict__.setdefault("shown", base).unpatch_model(CPU, unpatch_weights=True)
@@ -166,10 +178,7 @@ def swap(base, new) -> None:
 
 def branch_bytes(patcher) -> int:
     return sum(
-        t.nbytes
-        for _, layer in quantized_linears(patcher.model)
-        for b in layer.branches
-        for t in (b.down, b.up)
+        t.nbytes for _, layer in quantized_linears(patcher.model) for b in layer.branches for t in b.tensors
     )
 
 
@@ -178,7 +187,10 @@ def print_table(rows: list[dict]) -> None:
     for row in rows:
         for step, ms in row["merging"].items():
             print(f"{row['rank']:4}  {step:8} {row['ours'][step]:11.1f} ms  {ms:14.0f} ms")
-        print(f"      our part {row['ours']['join']:11.1f} ms   (the rest: the host walks its modules)")
+        print(
+            f"      joining  {row['ours']['join']:11.1f} ms   (our part; the rest: the host walks its modules)"
+        )
+        print(f"      hook back{row['ours']['switch']:11.1f} ms")
         mb = [row[kind] / 2**20 for kind in ("branch_bytes", "backup_bytes")]
         print(f"      memory   {mb[0]:11.0f} MB  {mb[1]:14.0f} MB of backups")
 
@@ -192,11 +204,8 @@ def main() -> None:
             lora = make_lora(rank, all_linears())
             ours = time_steps(base, lora, ARGUMENTS.rounds)
             swap(base, joined(base, lora, 1.0))
-            nbytes, with_lora = branch_bytes(base), base.model.shown
-            alone = [
-                milliseconds(lambda p=with_lora: branches.set_branches(p)) for _ in range(ARGUMENTS.rounds)
-            ]
-            ours["join"] = statistics.median(alone)
+            nbytes = branch_bytes(base)
+            ours |= time_parts(base.model.shown, ARGUMENTS.rounds)
             swap(base, base)
             few = {
                 name: t

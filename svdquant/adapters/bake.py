@@ -174,12 +174,7 @@ def collect(
     found: dict[str, list[Branch]] = {}
     for done, (module, members) in enumerate(renamed.modules.items(), 1):
         place = source.known[module]
-        if "diff_b" in members:
-            difference = place.change(members["diff_b"]) if place.change else members["diff_b"]
-            changes.differences.setdefault(place.host, []).append((place, difference, strength))
-        if "set_weight" in members:
-            changes.replaced[place.host] = members["set_weight"]
-        weight = {tail: t for tail, t in members.items() if tail not in ("diff_b", "set_weight")}
+        weight = changes.take_vectors(place, members, strength)
         if weight:
             try:
                 branch = _branch(source, module, weight, strength, changes, limit)

@@ -46,6 +46,15 @@ class Changes:
     differences: dict[str, list[tuple[Place, Tensor, float]]] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
 
+    def take_vectors(self, place: Place, members: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
+        """Note what a LoRA does to biases and norms; returns the members that are about the weight."""
+        if "diff_b" in members:
+            difference = place.change(members["diff_b"]) if place.change else members["diff_b"]
+            self.differences.setdefault(place.host, []).append((place, difference, strength))
+        if "set_weight" in members:
+            self.replaced[place.host] = members["set_weight"]
+        return {tail: t for tail, t in members.items() if tail not in ("diff_b", "set_weight")}
+
 
 class Base:
     """The checkpoint to bake into, Nunchaku or natural, with its family's map."""

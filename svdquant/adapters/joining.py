@@ -29,7 +29,7 @@ from .operations import QuantizedLinear
 from .patches import Patch, is_blind, members_of, misfit, region
 from .truncation import error_limit, truncated
 
-REMEMBERED = 2  # sets of patches a layer: the model's, and those with the hooks of a conditioning
+REMEMBERED = 4  # sets of patches a layer: the model's, and those with the hooks of two or three conditionings
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,12 +148,12 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a patch costs a layer: ranks and bytes added, whether densely, at what relative error."""
+    """What a patch costs a layer: ranks and bytes added, whether as a whole difference, at what relative error."""
 
     rank: int
     nbytes: int
-    dense: bool
-    error: float
+    dense: bool = False
+    error: float = 0.0
 
 
 def cost(layer: QuantizedLinear, patch: Patch, device: torch.device) -> Cost:
@@ -164,8 +164,8 @@ def cost(layer: QuantizedLinear, patch: Patch, device: torch.device) -> Cost:
     members = members_of(patch[1]) or {}
     if "a1.weight" in members and "dora_scale" not in members:
         rank = 2 * min(members["a1.weight"].flatten(1).shape)
-        return Cost(rank, 4 * rank * (layer.out_features + layer.in_features), False, 0.0)
-    return Cost(0, layer.out_features * layer.in_features * _dtype(device).itemsize, True, 0.0)
+        return Cost(rank, 4 * rank * (layer.out_features + layer.in_features))
+    return Cost(0, layer.out_features * layer.in_features * _dtype(device).itemsize, dense=True)
 
 
 def _placed(branch: Branch, strength: float, rows: slice, columns: slice) -> Branch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,32 +37,41 @@ class LoraReport:
 
     name       the file
     strength   as given
+    kinds      its adapters, the commonest first
     naming     how the file calls its layers
-    matched    layers it patches
+    layers     it patches
+    tensors    of the file that belong to them
     unmatched  its tensors that belong to no layer of this model
+    for_clip   how many of its tensors are for a text encoder, and so for a CLIP
     rank       added to quantized layers, summed
     nbytes     of the branches on quantized layers
-    dense      quantized layers that carry a dense difference, because the adapter is not low-rank
+    products   quantized layers that carry a Kronecker product
+    dense      quantized layers that carry a whole difference, because the adapter is not low-rank
     error      largest relative error of a truncated layer, 0 where every branch is exact
-    for_clip   how many of its tensors are for a text encoder, and so for a CLIP
     """
 
     name: str
     strength: float
+    kinds: tuple[str, ...]
     naming: str
-    matched: int
+    layers: int
+    tensors: int
     unmatched: tuple[str, ...]
+    for_clip: int
     rank: int
     nbytes: int
+    products: int
     dense: int
     error: float
-    for_clip: int = 0
 
     def __str__(self) -> str:
-        text = f"{self.name} at {self.strength:g}: {self.matched} layers, rank {self.rank} in all"
-        text += f", {self.nbytes / 2**20:.1f} MB, {self.naming} naming"
+        text = f"{self.name} at {self.strength:g}: {' and '.join(self.kinds)}, {self.naming} naming"
+        text += f"; {self.layers} layers of {self.tensors} tensors, rank {self.rank} in all"
+        text += f", {self.nbytes / 2**20:.1f} MB"
+        if self.products:
+            text += f"; {self.products} layers carry a Kronecker product"
         if self.dense:
-            text += f"; {self.dense} layers carry a dense difference, the adapter is not low-rank"
+            text += f"; {self.dense} layers carry a whole difference, the adapter is not low-rank"
         text += f"; largest relative error {self.error:.1e}" if self.error else "; exact"
         if self.unmatched:
             more = f" and {len(self.unmatched) - 10} more" if len(self.unmatched) > 10 else ""
@@ -82,11 +92,21 @@ def apply_lora(model, path: Path, strength: float):
     Raises ValueError, before anything is joined, where the file is no LoRA, is incomplete, matches no layer of the
     model, or fits it in some layers and not in others.
     """
-    patches, renamed = make_patches(model, path, read_lora(path))
+    tensors = read_lora(path)
+    patches, renamed = make_patches(model, path, tensors)
     check(model.model, path, patches)
     clone = model.clone()
     joined = clone.add_patches(patches, strength)
-    report = _report(model, path, strength, renamed, {key: patches[key] for key in joined})
+    matched = len(tensors) - len(renamed.unmatched) - renamed.text_encoder
+    report = LoraReport(
+        path.name,
+        strength,
+        naming=renamed.naming,
+        tensors=matched,
+        unmatched=renamed.unmatched,
+        for_clip=renamed.text_encoder,
+        **_costs(model, {key: patches[key] for key in joined}),
+    )
     log.info("LoRA: %s", report)
     return clone, report
 
@@ -220,17 +240,22 @@ def _widen(value, expected: tuple[int, int]) -> bool:
     return wider
 
 
-def _report(model, path: Path, strength: float, renamed: Renamed, patches: Patches) -> LoraReport:
-    rank = nbytes = dense = 0
-    error = 0.0
+def _costs(model, patches: Patches) -> dict[str, object]:
+    """The fields of a report that the patches tell."""
+    found = []
     for key, value in patches.items():
         layer = comfy.utils.get_attr(model.model, _weight_of(key).rpartition(".")[0])
-        if not (
-            isinstance(layer, QuantizedLinear) and layer.quantized and _weight_of(key).endswith(".weight")
-        ):
-            continue
-        found = joining.cost(layer, (1.0, value, 1.0, None, None), model.load_device)
-        rank, nbytes = rank + found.rank, nbytes + found.nbytes
-        dense, error = dense + found.dense, max(error, found.error)
-    told = (path.name, strength, renamed.naming, len(patches), renamed.unmatched)
-    return LoraReport(*told, rank, nbytes, dense, error, for_clip=renamed.text_encoder)
+        is_ours = isinstance(layer, QuantizedLinear) and layer.quantized
+        if is_ours and _weight_of(key).endswith(".weight"):
+            patch = (1.0, value, 1.0, None, None)
+            found.append((patching.kind_of(value), joining.cost(layer, patch, model.load_device)))
+    costs = [cost for _, cost in found]
+    return {
+        "kinds": tuple(kind for kind, _ in Counter(map(patching.kind_of, patches.values())).most_common()),
+        "layers": len(patches),
+        "rank": sum(cost.rank for cost in costs),
+        "nbytes": sum(cost.nbytes for cost in costs),
+        "products": sum(kind == "LoKr" and not cost.dense for kind, cost in found),
+        "dense": sum(cost.dense for cost in costs),
+        "error": max((cost.error for cost in costs), default=0.0),
+    }

@@ -20,6 +20,7 @@ _WEIGHTS = {
     "oft": "oft_blocks rescale alpha dora_scale",
     "boft": "oft_blocks rescale alpha dora_scale",
 }
+_KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"}
 _BLIND = ("lora", "loha", "lokr")  # adapters that never look at the weight
 
 
@@ -42,6 +43,13 @@ def members_of(value: object) -> Mapping[str, Tensor] | None:
         padded = len(tensors) > 1 and tensors[1].get("pad_weight")
         return None if padded or not isinstance(tensors[0], Tensor) else {"diff": tensors[0]}
     return None
+
+
+def kind_of(value: object) -> str:
+    """What a user calls a patch: LoRA, LoKr, DoRA and so on."""
+    if isinstance(value, WeightAdapterBase):
+        return "DoRA" if "dora_scale" in (members_of(value) or {}) else _KINDS.get(value.name, value.name)
+    return "replacement" if value[0] == "set" else "difference"
 
 
 def is_blind(patch: Patch) -> bool:

@@ -82,7 +82,7 @@ def test_our_node_does_what_the_stock_loader_does(twins, tmp_path):
     save_file(loras.diffusers(), path)
     ours, report = apply_lora(twins.quantized, path, 0.8)
     assert report.unmatched == ()
-    assert report.matched == len(loras.diffusers()) // 2
+    assert report.layers == len(loras.diffusers()) // 2
     assert torch.equal(sample(ours), sample(loras.stock(twins.quantized, loras.diffusers(), 0.8)))
 
 

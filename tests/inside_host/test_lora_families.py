@@ -200,7 +200,7 @@ def test_a_lora_is_its_exact_difference(family, naming, tmp_path):
     expected = small.sample(family, with_weights(model.dense, truth))
     assert error(expected, bare) > 1e-3
     joined, report = apply_lora(model.quantized, written(tmp_path, tensors), STRENGTH)
-    assert (report.matched, report.unmatched, report.error) == (len(places), (), 0.0)
+    assert (report.layers, report.unmatched, report.error) == (len(places), (), 0.0)
     assert_close(small.sample(family, joined), expected, "host_twin")
     if family in naming.stock:
         stock = loras.stock(model.quantized, tensors, STRENGTH)
@@ -216,7 +216,7 @@ def test_layers_that_stay_16_bit(family, tmp_path):
     expected = small.sample(family, with_weights(model.dense, truth))
     assert error(expected, bare) > 0.01
     joined, report = apply_lora(model.quantized, written(tmp_path, tensors), STRENGTH)
-    assert (report.matched, report.unmatched) == (len(places), ())
+    assert (report.layers, report.unmatched) == (len(places), ())
     assert_close(small.sample(family, joined), expected, "host_dense_branch")
 
 
@@ -257,7 +257,7 @@ def test_text_encoder_tensors_are_counted(modules, tmp_path):
             f"{module}.lora_down.weight": torch.ones(2, 4),
         }
     _, report = apply_lora(model.quantized, written(tmp_path, tensors), 1.0)
-    assert (report.matched, report.unmatched, report.for_clip) == (4, (), 2 * len(modules))
+    assert (report.layers, report.unmatched, report.for_clip) == (4, (), 2 * len(modules))
     assert str(report).endswith(
         f"; {2 * len(modules)} tensors are for the text encoder: ComfyUI's Load LoRA puts them on a CLIP"
     )

@@ -151,7 +151,7 @@ def test_nunchaku_layout(twins, tmp_path):
         native |= {f"diffusion_model.{host}.lora_B.weight": packed.pop(f"{name}.rounded_up")}
         native |= {f"diffusion_model.{host}.lora_A.weight": packed.pop(f"{name}.rounded_down")}
     report = compare(twins, packed, native, tmp_path, 0.7)
-    assert (report.naming, report.rank, report.matched) == ("Nunchaku", 8, 2)
+    assert (report.naming, report.rank, report.layers) == ("Nunchaku", 8, 2)
 
 
 def pack(name, stored, down, up):
@@ -231,12 +231,27 @@ def test_report(quantized, tmp_path):
     }
     _, report = apply(quantized, tensors, tmp_path, 0.5)
     nbytes = sum(t.nbytes for n, t in tensors.items() if "lora_unet" not in n)
-    assert (report.matched, report.rank, report.nbytes, report.dense, report.error) == (6, 24, nbytes, 0, 0.0)
+    assert (report.layers, report.rank, report.nbytes, report.dense, report.error) == (6, 24, nbytes, 0, 0.0)
     text = str(report)
     assert text.startswith(
-        "some.safetensors at 0.5: 6 layers, rank 24 in all, 0.1 MB, diffusers naming; exact; "
+        "some.safetensors at 0.5: LoRA, diffusers naming; 6 layers of 12 tensors, rank 24 in all, 0.1 MB; exact; not of"
     )
     assert text.count("lora_unet") == 10 and text.endswith(" and 2 more")
+
+
+def test_report_of_what_is_not_a_plain_pair(quantized, tmp_path):
+    name = "diffusion_model.single_blocks.{}.linear2"
+    noise = torch.randn(H, 5 * H, generator=torch.Generator().manual_seed(1))
+    low_rank = noise[:, :8] @ torch.randn(8, 5 * H, generator=torch.Generator().manual_seed(2))
+    tensors = {f"{name.format(0)}.diff": low_rank + 1e-3 * noise, f"{name.format(1)}.diff": noise}
+    qkv = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors |= {f"{qkv}.lokr_w1": torch.ones(16, 16), f"{qkv}.lokr_w2": torch.ones(3 * H // 16, H // 16)}
+    _, report = apply(quantized, tensors, tmp_path)
+    assert report.kinds == ("difference", "LoKr")
+    assert (report.layers, report.tensors, report.products, report.dense, report.rank) == (3, 4, 1, 1, 8)
+    assert 1e-4 < report.error < 1e-3
+    assert "1 layers carry a Kronecker product; 1 layers carry a whole difference" in str(report)
+    assert f"largest relative error {report.error:.1e}" in str(report)
 
 
 def test_layers_of_the_report_exist(quantized, tmp_path):
