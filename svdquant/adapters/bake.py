@@ -22,7 +22,8 @@ from ...loaders import lora_nunchaku, nunchaku
 from ...loaders.checkpoint import Checkpoint, Lazy
 from ...loaders.detect import open_checkpoint
 from ...loaders.lora import read_lora
-from ...loaders.lora_names import guess_family, rename
+from ...loaders.lora_belongs import check_belongs
+from ...loaders.lora_names import rename
 from ...loaders.nunchaku_linear import encode_linear
 from ...loaders.writer import write_checkpoint
 from ..core.linear import Branch
@@ -165,12 +166,8 @@ def collect(
             f"{path.name}: a LoRA in Nunchaku layout replaces a checkpoint's branch. Bake the original LoRA file."
         )
     renamed = rename(path, tensors, source.known)
-    if not any(not set(members) <= {"set_weight"} for members in renamed.modules.values()):
-        looks = guess_family(tensors)
-        raise ValueError(
-            f"{path.name}: none of its {len(tensors)} tensors belongs to {source.checkpoint.path.name} "
-            f"({source.family.name}).{f' It looks like a LoRA for {looks}.' if looks else ''}"
-        )
+    matched = any(not set(members) <= {"set_weight"} for members in renamed.modules.values())
+    check_belongs(path, tensors, renamed, source.known, matched=matched)
     found: dict[str, list[Branch]] = {}
     for done, (module, members) in enumerate(renamed.modules.items(), 1):
         place = source.known[module]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from ...loaders import lora_nunchaku
 from ...loaders.lora import read_lora
-from ...loaders.lora_names import Renamed, guess_family, guess_other_family, rename, split
+from ...loaders.lora_belongs import check_belongs
+from ...loaders.lora_names import Renamed, rename
 from . import joining, nunchaku_lora
 from . import patches as patching
 from .lora_layers import known_names
@@ -25,8 +25,6 @@ from .operations import QuantizedLinear
 log = logging.getLogger("svdquant-nodes")
 
 _WIDENED = ("img_in.weight", "x_embedder.weight")  # FLUX tools LoRAs give the input more channels
-_BLOCK = re.compile(r"(?:lora_unet_|lora_transformer_|lycoris_|.*\.)?([a-z_]*(?:blocks|layers))[._](\d+)[._]")
-_OTHER = "Choose a LoRA made for the model's family."
 
 Patches = dict  # the host's: key or (key, offset[, function]) -> adapter or ("diff", (tensor,))
 
@@ -120,7 +118,6 @@ def make_patches(model, path: Path, tensors: Mapping[str, Tensor]) -> tuple[Patc
     renamed = rename(path, tensors, key_map)
     if ready:
         renamed = replace(renamed, naming="Nunchaku")
-    _check_depth(path, renamed.unmatched, key_map)
     flat = renamed.flat()
     for module, members in renamed.modules.items():
         if isinstance(key_map[module], tuple) and "diff_b" in members:  # the host knows no part of a bias
@@ -130,29 +127,8 @@ def make_patches(model, path: Path, tensors: Mapping[str, Tensor]) -> tuple[Patc
     patches = comfy.lora.load_lora(flat, key_map, log_missing=False) | ready
     state = model.model.state_dict().keys()
     patches = {key: value for key, value in patches.items() if _weight_of(key) in state}
-    if not any(_changes(value) for value in patches.values()):
-        raise ValueError(f"{path.name}: {_why_none(tensors, renamed)}")
-    other = guess_other_family(renamed.unmatched, key_map)
-    if other:
-        raise ValueError(
-            f"{path.name}: {len(renamed.unmatched)} of its {len(tensors)} tensors, such as {renamed.unmatched[0]!r}, "
-            f"belong to no layer of this model. It looks like a LoRA for {other}. {_OTHER}"
-        )
+    check_belongs(path, tensors, renamed, key_map, matched=any(map(_changes, patches.values())))
     return patches, renamed
-
-
-def _why_none(tensors: Mapping[str, Tensor], renamed: Renamed) -> str:
-    example = next(iter(renamed.unmatched), next(iter(tensors), "(none)"))
-    if {split(name)[1] for name in tensors} <= {"", "set_weight"}:
-        return f"expected a LoRA, got {len(tensors)} tensors such as {example!r}, none of a LoRA. Is it a whole model?"
-    looks = guess_family(tensors)
-    remedy = (
-        "Use ComfyUI's Load LoRA, which takes a CLIP." if renamed.text_encoder == len(tensors) > 0 else _OTHER
-    )
-    return (
-        f"none of its {len(tensors)} tensors, such as {example!r}, belongs to this model. "
-        f"{f'It looks like a LoRA for {looks}. ' if looks else ''}{remedy}"
-    )
 
 
 def _weight_of(key) -> str:
@@ -162,20 +138,6 @@ def _weight_of(key) -> str:
 def _changes(value) -> bool:
     """A whole model also has norm weights; they alone make no LoRA."""
     return not (isinstance(value, tuple) and value[0] == "set")
-
-
-def _check_depth(path: Path, unmatched: Iterable[str], known: Iterable[str]) -> None:
-    depths: dict[str, int] = {}
-    for name in known:
-        for kind, index in _BLOCK.findall(name)[:1]:
-            depths[kind] = max(depths.get(kind, 0), int(index))
-    for name in unmatched:
-        for kind, index in _BLOCK.findall(name)[:1]:
-            if kind in depths and int(index) > depths[kind]:
-                raise ValueError(
-                    f"{path.name}: {name}: expected {kind} 0 to {depths[kind]}, got {index}. "
-                    "The LoRA is for a model with more blocks; choose one made for this model."
-                )
 
 
 def check(model, path: Path, patches: Patches) -> None:

@@ -7,14 +7,17 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.svdquant.adapters import joining, layout
+from svdquant_nodes.svdquant.adapters.bake import bake
+from svdquant_nodes.svdquant.adapters.bake_tensors import Base
 from svdquant_nodes.svdquant.adapters.lora import apply_lora
 from svdquant_nodes.svdquant.adapters.operations import quantized_linears
 from svdquant_nodes.tests.inside_host import loras
 from svdquant_nodes.tests.inside_host.lora_dice import Dice
-from svdquant_nodes.tests.inside_host.twins import sample
+from svdquant_nodes.tests.inside_host.twins import DEMO_INT4, sample
 from svdquant_nodes.tests.tolerances import assert_close
 
 CPU = torch.device("cpu")
@@ -110,3 +113,25 @@ def test_through_the_sampler(twins, tmp_path, seed):
     whole = {f"diffusion_model.{host}.diff": torch.from_numpy(d).float() for host, d in wanted.items()}
     ours = sample(apply_lora(twins.quantized, path, made.strength)[0], steps=1)
     assert_close(ours, sample(loras.stock(twins.dense, whole), steps=1), "host_dense_branch")
+
+
+@pytest.mark.parametrize("seed", range(5000, 5040))
+def test_baked(quantized, weights, tmp_path, seed):
+    """The same in a new file: the branch, and beside it what has none, add what the definition says; or a refusal."""
+    made = Dice(seed).throw()
+    path = tmp_path / "random.safetensors"
+    save_file({name: t.contiguous().clone() for name, t in made.tensors.items()}, path)
+    arguments = DEMO_INT4, [(path, made.strength)], tmp_path / "baked.safetensors"
+    if made.fault:
+        with pytest.raises(ValueError, match=r"^random\.safetensors: "):
+            bake(*arguments, limit=1e-4)
+        assert list(tmp_path.iterdir()) == [path]
+        return
+    baked = bake(*arguments, limit=1e-4)
+    wider = Base(open_checkpoint(baked.target))
+    beside = load_file(baked.rest) if baked.rest else {}
+    for host, difference in made.differences(weights.__getitem__).items():
+        got = wider.weight(host).double().numpy() - weights[host]
+        rest = [beside.get(f"diffusion_model.{host}.lora_{end}.weight") for end in ("up", "down")]
+        got = got if rest[0] is None else got + (rest[0].double() @ rest[1].double()).numpy()
+        assert_close(got, difference, "two_bf16_factors")
