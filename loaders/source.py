@@ -51,7 +51,7 @@ class Job:
     """One linear to write.
 
     name        in the file
-    source      the source linear it is cut from; also the statistics' name of its input
+    source      the source linear it is cut from
     precision   int4 | nvfp4 | awq | plain (16 bits)
     rank        of the branch
     rows        output rows of the source, first and behind the last
@@ -61,6 +61,7 @@ class Job:
     chunks      of a modulation, whose rows are interleaved and whose scale rows get a 1 added; else 0
     center      whose mean may be taken out of this linear's input, None where no bias could do that
     folds       what this linear's bias has to take out for others
+    input       the statistics' name of its input; the source's own when empty
     """
 
     name: str
@@ -74,6 +75,12 @@ class Job:
     chunks: int = 0
     center: str | None = None
     folds: tuple[Fold, ...] = ()
+    input: str = ""
+
+    @property
+    def reads(self) -> str:
+        """The statistics' name of its input."""
+        return self.input or self.source
 
 
 @dataclass(frozen=True, eq=False)

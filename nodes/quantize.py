@@ -143,7 +143,7 @@ def read_once(statistics: kept.Statistics | None, plan: Plan) -> dict[str, kept.
             "statistics: expected what a sampled model read, got nothing. Sample the model that SVDQuant Calibrate "
             "gives out, and connect that latent to `after`."
         )
-    wanted = dict.fromkeys(job.source for job in plan.jobs)
+    wanted = dict.fromkeys(job.reads for job in plan.jobs)
     return {name: statistics[name] for name in wanted if name in statistics}
 
 

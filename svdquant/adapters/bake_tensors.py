@@ -20,8 +20,9 @@ from ..core import reference, tiles
 from ..core.linear import Branch
 from . import fold
 from .bake_adapter import MAX_RANK
+from .conventions import straighten
 from .families import apply_role, resolve
-from .family import straighten, take_share
+from .family import take_share
 from .fold import PREFIX, Piece, Place
 
 _TWIN = (

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ...loaders import kitchen, natural, nunchaku
 from ...loaders.checkpoint import Checkpoint, Lazy
 from ...loaders.writer import Progress
 from ..core.weights import LinearWeights
+from .conventions import ENGINE_DIALECTS, straighten, to_engine
 from .families import Role, apply_role, resolve
+from .family import Names
 
 WRITERS = {"nunchaku": nunchaku.write, "kitchen": kitchen.write, "natural": natural.write}
 
@@ -26,7 +29,7 @@ def convert(checkpoint: Checkpoint, target: Path, dialect: str, *, progress: Pro
     if dialect == "kitchen":
         refuse_nvfp4(checkpoint)
     options = {"names": nunchaku.V2} if (dialect, checkpoint.dialect) == ("nunchaku", "nunchaku_lite") else {}
-    layers = true_layers(checkpoint)
+    layers = true_layers(checkpoint, engine=dialect != "kitchen")
     WRITERS[dialect](target, layers, checkpoint.plain, checkpoint.metadata, progress=progress, **options)
 
 
@@ -39,8 +42,21 @@ def refuse_nvfp4(checkpoint: Checkpoint) -> None:
         )
 
 
-def true_layers(checkpoint: Checkpoint) -> Mapping[str, LinearWeights]:
-    """The layers with what the family knows of them: true sizes, unsigned activations."""
+def true_layers(checkpoint: Checkpoint, *, engine: bool) -> Mapping[str, LinearWeights]:
+    """The layers with what the family knows of them: true sizes, unsigned activations, rows in the order asked for.
+
+    engine   whether to follow the engine's conventions or the model's own, see conventions.py
+    """
     family = resolve(checkpoint)
-    roles = family.roles(checkpoint) if family else {}
-    return Lazy(checkpoint.layers, lambda name: apply_role(checkpoint.layers[name], roles.get(name, Role())))
+    roles = family.roles(Names(checkpoint.info, checkpoint.plain_info)) if family else {}
+    followed = checkpoint.dialect in ENGINE_DIALECTS
+
+    def true(name: str) -> LinearWeights:
+        role, weights = roles.get(name, Role()), checkpoint.layers[name]
+        if not followed:
+            cropped = apply_role(weights, replace(role, act_shift=0.0))
+            return to_engine(cropped, role.splits, role.act_shift) if engine else cropped
+        weights = apply_role(weights, role)
+        return weights if engine or not role.splits else straighten(weights, role.splits)
+
+    return Lazy(checkpoint.layers, true)

@@ -8,23 +8,27 @@ same layer, and the first one that is complete in the file is taken.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from ..core.linear import Part
 from ..core.weights import GELU_SHIFT, LinearWeights
+from .conventions import ENGINE_DIALECTS
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Role:
     """What a stored linear's place in the model says and its tensors do not.
 
-    act_shift     activations are unsigned after this shift (int4 files only)
+    act_shift     activations are unsigned after this shift (int4 files of the engine only)
     splits        modulation chunks: rows are interleaved and the scale chunks' bias holds a folded +1; 0 if none
+                  (files of the engine only, see `conventions.py`)
     out_features  true sizes below the padding, None where the stored ones are true
     in_features
     share         (i, n): the host layer takes the i-th of n equal shares of the rows; None for all of them
@@ -38,27 +42,13 @@ class Role:
 
 
 def apply_role(weights: LinearWeights, role: Role) -> LinearWeights:
-    """Crop padding and mark unsigned activations; rows stay as stored (see `straighten` and `take_share`)."""
+    """Crop padding and mark unsigned activations; rows stay as stored (see `take_share` and `conventions.py`)."""
     if role.out_features or role.in_features:
         n, k = role.out_features or weights.out_features, role.in_features or weights.in_features
         weights = weights.crop(n, k)
     if role.act_shift and weights.spec.format == "int4":
         weights = replace(weights, spec=replace(weights.spec, act_shift=role.act_shift))
     return weights
-
-
-def straighten(weights: LinearWeights, splits: int) -> LinearWeights:
-    """A modulation linear in the model's own order: rows un-interleaved, the folded +1 taken out of the bias.
-
-    Stored row j*S + s is row s*d + j; scale chunks are s = 1 and, for S = 6, s = 4. The bias comes back in fp32,
-    because 16 bits cannot hold every (b + 1) - 1.
-    """
-    n = weights.out_features
-    order = torch.arange(n).reshape(n // splits, splits).T.reshape(-1)
-    straight = weights.rows(order)
-    bias = straight.bias.float().reshape(splits, -1).clone()
-    bias[1::3] -= 1
-    return replace(straight, bias=bias.reshape(-1))
 
 
 def take_share(weights: LinearWeights, share: tuple[int, int]) -> LinearWeights:
@@ -89,7 +79,7 @@ class Layer:
 class Plain:
     """A 16-bit tensor under another name, or several that the host keeps as one, by rows.
 
-    `change` rewrites it where the conventions differ.
+    `change` rewrites it where the conventions differ. That of a whole tensor undoes itself when done twice.
     """
 
     stored: str | tuple[str, ...]
@@ -119,6 +109,15 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Names:
+    """The names of a file, for those who have no checkpoint at hand: what `Family.map_names` looks at."""
+
+    info: Mapping[str, object]
+    plain_info: Mapping[str, object] = field(default_factory=dict)
+    dialect: str = ENGINE_DIALECTS[0]
+
+
+@dataclass(frozen=True)
 class Mapped:
     """A checkpoint's names on the host's: what each host linear is made of, and every plain tensor's new name."""
 
@@ -129,16 +128,34 @@ class Mapped:
 
 
 @dataclass(frozen=True)
+class Published:
+    """How a family's files are published in the engine's dialect, for a quantizer that makes one.
+
+    host      regular expression of a matrix, by its name in the host, that only this family's models have
+    metadata  shapes of the 16-bit model, in the host's names -> the header's strings
+    """
+
+    host: str
+    metadata: Callable[[Shapes], Mapping[str, str]] = field(compare=False)
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family: how to know it and how its names map.
 
-    name     shown to users
-    marker   regular expression that a stored layer name of this family, and no other, matches
-    layers   host linears made of quantized ones
-    plain    tensors that stay 16-bit
-    same     regular expression of 16-bit tensors whose stored name is the host's
-    sizes    optional: checkpoint -> {stored pattern: (out_features, in_features)} where padding hides the true ones
-    kind     "diffusion model" | "text encoder": which node loads it
+    name       shown to users
+    marker     regular expression that a stored layer name of this family, and no other, matches
+    layers     host linears made of quantized ones; of their options the first is the published one, the last has
+               the names that 16-bit models use
+    plain      tensors that stay 16-bit
+    same       regular expression of 16-bit tensors whose stored name is the host's
+    beside     regular expression that a 16-bit tensor has to match too, where layers alone could be another family's
+    optional   regular expression of host tensors that files may lack, because the model does not use them
+    strict     whether a 16-bit tensor that the host has no place for means a wrong file
+    sizes      optional: shapes of the 16-bit tensors -> {stored pattern: (out_features, in_features)} where padding
+               hides the true ones
+    published  optional: how a quantizer writes the published layout
+    kind       "diffusion model" | "text encoder": which node loads it
     """
 
     name: str
@@ -146,11 +163,17 @@ class Family:
     layers: tuple[Layer, ...]
     plain: tuple[Plain, ...] = ()
     same: str = ""
-    sizes: Callable[[object], Mapping[str, tuple[int, int]]] | None = field(default=None, compare=False)
+    beside: str = ""
+    optional: str = ""
+    strict: bool = True
+    sizes: Callable[[Shapes], Mapping[str, tuple[int, int]]] | None = field(default=None, compare=False)
+    published: Published | None = None
     kind: str = "diffusion model"
 
     def matches(self, checkpoint) -> bool:
         """True when any quantized layer of the checkpoint carries the family's marker."""
+        if self.beside and not any(re.fullmatch(self.beside, name) for name in checkpoint.plain_info):
+            return False
         return any(re.fullmatch(self.marker, name) for name in checkpoint.info)
 
     def roles(self, checkpoint) -> dict[str, Role]:
@@ -164,14 +187,15 @@ class Family:
 
         Raises ValueError for a host layer of which only some pieces are in the file.
         """
-        names, sizes = set(checkpoint.info), dict(self.sizes(checkpoint)) if self.sizes else {}
+        names, sizes = set(checkpoint.info), self.sizes(_shapes(checkpoint)) if self.sizes else {}
+        engine = checkpoint.dialect in ENGINE_DIALECTS
         linears, axes = {}, {}
         for layer in self.layers:
             for index in _indices(names, [s.name for option in layer.options for s in option]):
                 pieces = _complete_option(names, layer, index)
                 if pieces:
                     host = layer.host.format(*index)
-                    linears[host] = tuple((s.name.format(*index), _sized(s, sizes)) for s in pieces)
+                    linears[host] = tuple((s.name.format(*index), _role(s, sizes, engine)) for s in pieces)
                     axes[host] = layer.axis
         plain = self._map_plain(set(checkpoint.plain_info))
         used = {name for pieces in linears.values() for name, _ in pieces}
@@ -185,7 +209,22 @@ class Family:
                 stored = tuple(name.format(*index) for name in entry.names)
                 if names.issuperset(stored):
                     plain[entry.host.format(*index)] = Source(stored, entry.change)
-        return plain
+        return plain | dict(self._dense_shares(names))
+
+    def _dense_shares(self, names: set[str]) -> Iterator[tuple[str, Source]]:
+        """Fused linears that stay 16-bit, for hosts that keep them apart."""
+        for layer in self.layers:
+            stored = layer.options[0][0]
+            for end in ("weight", "bias") if stored.role.share else ():
+                for index in _indices(names, [f"{stored.name}.{end}"]):
+                    change = partial(_chunk, share=stored.role.share)
+                    source = Source((f"{stored.name.format(*index)}.{end}",), change)
+                    yield f"{layer.host.format(*index)}.{end}", source
+
+
+def _chunk(tensor: Tensor, *, share: tuple[int, int]) -> Tensor:
+    which, count = share
+    return tensor.chunk(count)[which]
 
 
 def assemble(pieces: Iterable[LinearWeights], axis: str) -> tuple[tuple[Part, ...], Tensor | None]:
@@ -223,24 +262,31 @@ def shares(name: str, count: int, **role) -> tuple[tuple[tuple[Stored, ...], ...
     return tuple(((Stored(name, Role(share=(i, count), **role)),),) for i in range(count))
 
 
+def swap_halves(t: Tensor) -> Tensor:
+    """A modulation of two chunks: diffusers keeps (scale, shift) where FLUX keeps (shift, scale)."""
+    scale, shift = t.chunk(2)
+    return torch.cat((shift, scale))
+
+
 def modulation(name: str, splits: int) -> Stored:
     """An AdaLN linear of `splits` chunks, stored interleaved with the +1 folded in."""
     return Stored(name, Role(splits=splits))
 
 
 @cache
-def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.escape(template).replace(r"\{\}", r"(\d+)"))
+def template(text: str) -> re.Pattern[str]:
+    """A pattern with `{}` for block numbers as a regular expression with a group for each."""
+    return re.compile(re.escape(text).replace(r"\{\}", r"(\d+)"))
 
 
 def _indices(names: set[str], templates: Iterable[str]) -> list[tuple[str, ...]]:
     """Block indices at which any of the patterns occurs."""
     found = set()
-    for template in templates:
-        if "{}" not in template:
-            found |= {()} if template in names else set()
+    for text in templates:
+        if "{}" not in text:
+            found |= {()} if text in names else set()
             continue
-        matches = map(_pattern(template).fullmatch, names)
+        matches = map(template(text).fullmatch, names)
         found |= {m.groups() for m in matches if m}
     return sorted(found, key=lambda index: [int(i) for i in index])
 
@@ -258,8 +304,11 @@ def _complete_option(names: set[str], layer: Layer, index: tuple[str, ...]) -> t
     )
 
 
-def _sized(stored: Stored, sizes: Mapping[str, tuple[int, int]]) -> Role:
-    if stored.name not in sizes:
-        return stored.role
-    n, k = sizes[stored.name]
-    return replace(stored.role, out_features=n, in_features=k)
+def _shapes(checkpoint) -> Shapes:
+    return {name: info.shape for name, info in checkpoint.plain_info.items() if info is not None}
+
+
+def _role(stored: Stored, sizes: Mapping[str, tuple[int, int]], engine: bool) -> Role:
+    n, k = sizes.get(stored.name, (None, None))
+    role = replace(stored.role, out_features=n, in_features=k)
+    return role if engine else replace(role, act_shift=0.0, splits=0)

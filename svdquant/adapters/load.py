@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,9 @@ from ..core.weights import LinearWeights
 from ..kernels import ops as kernel_ops
 from . import activations as widths
 from . import branches, layout
+from .conventions import straighten
 from .families import Family, Mapped, Role, apply_role, resolve
-from .family import assemble, straighten, take_share
+from .family import assemble, take_share
 from .operations import make_operations, quantized_linears
 
 log = logging.getLogger("svdquant-nodes")
@@ -50,7 +52,7 @@ def load_model(
     mapped = family.map_names(checkpoint)
     progress = comfy.utils.ProgressBar(len(mapped.linears))
     state_dict = make_state_dict(checkpoint, mapped, lambda: progress.update(1), device if wide else None)
-    patcher = _build(checkpoint, state_dict, ops, disable_dynamic)
+    patcher = _build(checkpoint, family, state_dict, ops, disable_dynamic)
     branches.attach(patcher)
     patcher.cached_patcher_init = (load_model, (str(path), ops, activations))
     patcher.set_attachments(branches.KEY, Source(checkpoint.path, checkpoint.dialect, family.name))
@@ -129,7 +131,13 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.bfloat16
 
 
-def _build(checkpoint: Checkpoint, state_dict: dict[str, Tensor], ops: ModuleType, disable_dynamic: bool):
+def _build(
+    checkpoint: Checkpoint,
+    family: Family,
+    state_dict: dict[str, Tensor],
+    ops: ModuleType,
+    disable_dynamic: bool,
+):
     given = set(state_dict)
     options = {"custom_operations": make_operations(ops), "dtype": _dtype(checkpoint)}
     try:
@@ -148,21 +156,32 @@ def _build(checkpoint: Checkpoint, state_dict: dict[str, Tensor], ops: ModuleTyp
             f"{checkpoint.path.name}: this ComfyUI does not recognise the model's shapes. "
             "Update ComfyUI, or check that the file is whole."
         )
-    check_complete(checkpoint, patcher.model.diffusion_model, given)
+    model = patcher.model.diffusion_model
+    check_complete(checkpoint, model, given, optional=family.optional, strict=family.strict)
     return patcher
 
 
-_READ = {"pos_embed"}  # PixArt's grid, whose size the host reads and whose values it computes itself
+def check_complete(
+    checkpoint: Checkpoint,
+    model: torch.nn.Module,
+    given: set[str],
+    *,
+    optional: str = "",
+    strict: bool = True,
+) -> None:
+    """Every tensor the host's class wants was in the file, and every one in the file was wanted.
 
-
-def check_complete(checkpoint: Checkpoint, model: torch.nn.Module, given: set[str]) -> None:
-    """Every tensor the host's class wants was in the file, and every one in the file was wanted."""
+    optional, strict   as the family's
+    """
 
     def published(name: str) -> str:  # hosts renamed RMSNorm's `scale`; files keep the old name
         return name.removesuffix(".scale") + ".weight" if name.endswith("_norm.scale") else name
 
     wanted = {published(name) for name in model.state_dict()}
-    had = {published(name) for name in given if name not in _READ}
+    had = {published(name) for name in given}
+    wanted = {name for name in wanted if name in had or not re.fullmatch(optional, name)}
+    if not strict:
+        had = {name for name in had if name in wanted or name.rpartition(".")[0] in checkpoint.info}
     for problem, names in (("is missing", wanted - had), ("has no place in this model", had - wanted)):
         if names:
             raise ValueError(

@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 
 from ...loaders.source import ALL, Change, Fold, Job, SourceModel
 from .families import flux
-from .family import Layer, Plain, Role, Stored
+from .family import Layer, Names, Plain, Role, Stored
 
 HEAD = 128
 
@@ -20,15 +19,18 @@ HEAD = 128
 def flux_names(source: SourceModel) -> SourceModel | None:
     """The model under the FLUX names of its authors, from those or diffusers'; None if it is no FLUX.1."""
     names = {name.removesuffix(".weight") for name, shape in source.shapes.items() if len(shape) == 2}
-    if "double_blocks.0.img_attn.qkv" in names and "double_blocks.0.img_mod.lin" in names:
+    if names >= {
+        "img_in",
+        "vector_in.in_layer",
+        "double_blocks.0.img_attn.qkv",
+        "double_blocks.0.img_mod.lin",
+    }:
         swap = {n: n[: -len("weight")] + "scale" for n in source.shapes if n.endswith("_norm.weight")}
         return source.renamed({swap.get(name, name): ((name,), None) for name in source.shapes})
     if not any(name.startswith("single_transformer_blocks.0.attn.to_q") for name in names):
         return None
     others = dict.fromkeys(source.shapes)
-    mapped = flux.FAMILY.map_names(
-        SimpleNamespace(info=dict.fromkeys(names - _plain_linears(names)), plain_info=others)
-    )
+    mapped = flux.FAMILY.map_names(Names(dict.fromkeys(names - _plain_linears(names)), others))
     renamed: dict[str, tuple[tuple[str, ...], Change]] = {}
     for host, pieces in mapped.linears.items():
         for end in ("weight", "bias"):

@@ -1,7 +1,7 @@
-"""From a 16-bit model to the list of linears to write: FLUX.1 in Nunchaku's layout, any other under its own names.
+"""From a 16-bit model to the list of linears to write.
 
-The family tables say how stored linears become the host's; a plan walks them the other way. Nothing here needs a
-ComfyUI.
+Families that are published in Nunchaku's layout get it; any other model keeps its host's names. The family tables say
+how stored linears become the host's; a plan walks them the other way. Nothing here needs a ComfyUI.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from ...loaders import natural, nunchaku
 from ...loaders.plan import Plan
 from ...loaders.source import Job, SourceModel
 from ..core.weights import AWQ, INT4, NVFP4
+from .families import flux, native, resolve
+from .family import Names
 from .plan_flux import flux_jobs, flux_metadata, flux_names, stored_name
+from .plan_published import host_names, published_jobs, published_name
 
 GROUPS = {"int4": INT4.group, "nvfp4": NVFP4.group, "awq": AWQ.group}
 KEPT = (
@@ -28,9 +31,12 @@ KEPT = (
     "*adaln*",
     "t_block.*",
     "*label_emb*",
+    "*_emb.*",
     "*time*",
+    "*guidance*",
     "out.*",
 )
+MODEL = "model"  # the family of those that have no layout of their own
 SMALLEST = 128 * 128  # of a linear: below, 4 bits save nothing worth the error
 
 
@@ -55,21 +61,33 @@ def make_plan(
         raise ValueError(f"precision: expected int4 or nvfp4, got {precision!r}.")
     if not 0 <= rank <= 256 or rank % 16:
         raise ValueError(f"rank: expected a multiple of 16 up to 256, got {rank}.")
-    host = flux_names(source)
-    family, source = ("FLUX.1", host) if host else ("model", source)
-    jobs = (flux_jobs if host else native_jobs)(source, precision, rank)
-    jobs = [override(job, overrides) for job in jobs]
-    if host:
-        refuse_plain(jobs)
+    plan = _draft(source, precision, rank)
+    jobs = [override(job, overrides) for job in plan.jobs]
+    if plan.family != MODEL:
+        refuse_forms(jobs, plain=plan.family != flux.FAMILY.name)
     jobs = [job for job in jobs if job.precision != "plain"]
     if not jobs:
         raise ValueError(f"{source.path.name}: expected linears to quantize, got none that are large enough.")
     if not centred:
         jobs = [replace(job, center=None, folds=()) for job in jobs]
+    return replace(plan, jobs=tuple(jobs))
+
+
+def _draft(source: SourceModel, precision: str, rank: int) -> Plan:
+    """What a family makes of a model, before the user's wishes."""
     packed = partial(natural.write, packed=True)
+    host = flux_names(source)
     if host:
-        return Plan(family, source, tuple(jobs), nunchaku.write, packed, flux_metadata(source), stored_name)
-    return Plan(family, source, tuple(jobs), packed, packed, {})
+        jobs, metadata = flux_jobs(host, precision, rank), flux_metadata(host)
+        return Plan(flux.FAMILY.name, host, tuple(jobs), nunchaku.write, packed, metadata, stored_name)
+    family, host = host_names(source)
+    if family:
+        joined, jobs = published_jobs(family, host, precision, rank)
+        metadata, rename = family.published.metadata(host.shapes), partial(published_name, family)
+        return Plan(family.name, joined, tuple(jobs), nunchaku.write, packed, metadata, rename)
+    jobs = native_jobs(host, precision, rank)
+    refuse_names(host, jobs)
+    return Plan(MODEL, host, tuple(jobs), packed, packed, {})
 
 
 def override(job: Job, overrides: tuple[tuple[str, str], ...]) -> Job:
@@ -82,14 +100,27 @@ def override(job: Job, overrides: tuple[tuple[str, str], ...]) -> Job:
     return job
 
 
-def refuse_plain(jobs: list[Job]) -> None:
-    """FLUX files in Nunchaku's layout have no place for a 16-bit linear inside a block."""
+def refuse_forms(jobs: list[Job], *, plain: bool) -> None:
+    """Published layouts have one form for a linear; for some families 16 bits is another, which we can read."""
     for job in jobs:
-        if job.precision == "plain" or (job.precision == "awq") != bool(job.chunks):
+        wrong = not plain if job.precision == "plain" else (job.precision == "awq") != bool(job.chunks)
+        if wrong:
             raise ValueError(
-                f"{job.name}: expected int4 or nvfp4 (awq for modulations), got {job.precision}: a FLUX file in "
+                f"{job.name}: expected int4 or nvfp4 (awq for modulations), got {job.precision}: a file in "
                 "Nunchaku's layout has no other form for it."
             )
+
+
+def refuse_names(source: SourceModel, jobs: list[Job]) -> None:
+    """A file under its host's names must not be taken for one in a published layout, which means other numbers."""
+    quantized = {job.name for job in jobs}
+    others = {name: None for name in source.shapes if name.rpartition(".")[0] not in quantized}
+    family = resolve(Names(dict.fromkeys(quantized), others))
+    if family not in (None, native.FAMILY):
+        raise ValueError(
+            f"{source.path.name}: expected all tensors of a {family.name} model and no others, got a variant that its "
+            "published layout cannot hold."
+        )
 
 
 def native_jobs(source: SourceModel, precision: str, rank: int) -> list[Job]:

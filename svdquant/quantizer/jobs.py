@@ -19,7 +19,7 @@ def task_of(
     """Weight, bias and inputs of a W4A4 job, on a device. ValueError that names file and linear for a damaged one."""
     weight, bias = source.cut(job)
     bias = fold(bias, job, statistics)
-    sample = None if statistics is None or job.source not in statistics else statistics[job.source]
+    sample = None if statistics is None or job.reads not in statistics else statistics[job.reads]
     try:
         return Task(
             weight.to(device),

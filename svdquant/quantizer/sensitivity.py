@@ -124,8 +124,8 @@ def measure_linear(
     weight = plan.source.cut(job)[0].to(settings.device)
     n, k = weight.shape
     held = None
-    if statistics is not None and job.source in statistics:
-        held = statistics[job.source].held[:, slice(*job.columns)].to(settings.device).float()
+    if statistics is not None and job.reads in statistics:
+        held = statistics[job.reads].held[:, slice(*job.columns)].to(settings.device).float()
     if job.chunks:
         formats = ("awq", *(form for form in formats if form == "plain"))
     options: list[Option] = []

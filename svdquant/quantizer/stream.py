@@ -119,7 +119,7 @@ def check_statistics(
         recipes.run(settings.recipe, None)
     if settings.recipe == "instant":
         return
-    missing = [job.source for job in jobs if job.precision != "awq" and job.source not in (statistics or {})]
+    missing = [job.reads for job in jobs if job.precision != "awq" and job.reads not in (statistics or {})]
     if missing:
         raise ValueError(
             f"recipe {settings.recipe}: expected statistics of every linear, got none of {missing[0]} and "

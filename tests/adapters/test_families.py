@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from svdquant_nodes.svdquant.adapters import families
+from svdquant_nodes.svdquant.adapters.conventions import straighten
 from svdquant_nodes.svdquant.adapters.families import flux, native, t5
-from svdquant_nodes.svdquant.adapters.family import Role, Source, apply_role, assemble, straighten
+from svdquant_nodes.svdquant.adapters.family import Names, Role, Source, apply_role, assemble
 from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.svdquant.core.weights import GELU_SHIFT
 from svdquant_nodes.tests.layers import random_linear
@@ -55,7 +54,7 @@ def flux_names(double=19, single=38, v2=False, guidance=True):
 
 
 def checkpoint(layers, plain=()):
-    return SimpleNamespace(info=dict.fromkeys(layers), plain_info=dict.fromkeys(plain))
+    return Names(dict.fromkeys(layers), dict.fromkeys(plain))
 
 
 def host_names(double=19, single=38, guidance=True):

@@ -6,27 +6,26 @@ here by hand, apart from the tables that undo them. No branch and no smoothing: 
 
 from __future__ import annotations
 
-import comfy.ops
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from svdquant_nodes.loaders import natural
+from svdquant_nodes.loaders import kitchen, natural
+from svdquant_nodes.loaders.nunchaku_linear import V2, encode_linear
 from svdquant_nodes.svdquant.core import awq, int4
-from svdquant_nodes.svdquant.core.weights import AWQ, INT4, LinearWeights
-
-META = {"dtype": torch.bfloat16, "device": "meta", "operations": comfy.ops.disable_weight_init}
+from svdquant_nodes.svdquant.core.weights import AWQ, INT4, LinearWeights, QuantSpec
 
 
 def random_weights(model: torch.nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """bf16 tensors for every name of a meta model: matrices keep the variance, norms are one, biases are small."""
+    """bf16 tensors for every name of a meta model: matrices keep the variance, norms are one, biases open the gates."""
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for name, like in model.state_dict().items():
         if like.ndim > 1:
-            t = torch.randn(like.shape, generator=generator) * (0.7 / like[0].numel() ** 0.5)
+            t = torch.randn(like.shape, generator=generator) * (1 / like[0].numel() ** 0.5)
         elif name.endswith("weight"):
             t = torch.ones(like.shape)
         else:
-            t = torch.randn(like.shape, generator=generator) * 0.01
+            t = torch.randn(like.shape, generator=generator) * 0.2
         tensors[name] = t.to(torch.bfloat16)
     return tensors
 
@@ -39,12 +38,12 @@ def four_bit(weight: Tensor, bias: Tensor | None) -> LinearWeights:
     return LinearWeights(INT4, codes, scales, smooth=torch.ones(k, dtype=dtype), down=down, up=up, bias=bias)
 
 
-def four_bit_unsigned(weight: Tensor, bias: Tensor) -> LinearWeights:
-    """The same with the bias of a layer whose activations get 0.171875 added."""
+def four_bit_unsigned(weight: Tensor, bias: Tensor, spec: QuantSpec = INT4) -> LinearWeights:
+    """The same with the bias of a layer whose activations get 0.171875 added; only some dialects state it."""
     layer = four_bit(weight, None)
     rounded = int4.dequantize_weight(layer.codes, layer.scales)
     shifted = (bias.float() - rounded.sum(1) * 0.171875).to(torch.bfloat16)
-    return LinearWeights(INT4, **{**layer.tensors(), "bias": shifted})
+    return LinearWeights(spec, **{**layer.tensors(), "bias": shifted})
 
 
 def four_bit_modulation(weight: Tensor, bias: Tensor, chunks: int) -> LinearWeights:
@@ -58,6 +57,16 @@ def four_bit_modulation(weight: Tensor, bias: Tensor, chunks: int) -> LinearWeig
     return LinearWeights(AWQ, codes, scales, zeros=zeros, bias=folded.reshape(-1)[rows].to(torch.bfloat16))
 
 
-def write(path, layers: dict[str, LinearWeights], plain: dict[str, Tensor]) -> None:
-    """A file in the natural dialect, whose layer names are the family's published ones."""
-    natural.write(path, layers, plain, {})
+def four_bit_plain(weight: Tensor, bias: Tensor | None) -> LinearWeights:
+    """AWQ in the model's own order."""
+    codes, scales, zeros = awq.quantize_weight(weight.float(), torch.bfloat16)
+    return LinearWeights(AWQ, codes, scales, zeros=zeros, bias=bias)
+
+
+def write(path, layers: dict[str, LinearWeights], plain: dict[str, Tensor], dialect: str = "natural") -> None:
+    """A file in a dialect, whose layer names are the family's published ones."""
+    if dialect != "lite":
+        (kitchen if dialect == "kitchen" else natural).write(path, layers, plain, {})
+        return
+    encoded = {f"{name}.{tail}": t for name, w in layers.items() for tail, t in encode_linear(w, V2).items()}
+    save_file({name: t for name, t in {**plain, **encoded}.items() if not name.endswith("_orig")}, path)

@@ -5,20 +5,43 @@ Where the host reads a model's width off a table and not off the weights, it is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 from unittest import mock
 
 import comfy.model_detection
+import comfy.ops
 import comfy.sample
+import comfy.supported_models
 import torch
 from torch import Tensor
 
 from svdquant_nodes.tests.inside_host import published, twins
-from svdquant_nodes.tests.inside_host.test_other_families import SDXL
 
+META = {"dtype": torch.bfloat16, "device": "meta", "operations": comfy.ops.disable_weight_init}
+SDXL = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 1, 1],
+    "transformer_depth": [0, 0, 1, 1, 2, 2],
+    "transformer_depth_output": [0, 0, 0, 1, 0, 0, 1, 0, 0],
+    "transformer_depth_middle": 1,
+    "context_dim": 2048,
+    "adm_in_channels": 2816,
+    "num_classes": "sequential",
+    "use_linear_in_transformer": True,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "num_heads": -1,
+    "num_head_channels": 64,
+    "use_checkpoint": False,
+}
 FLUX_LIKE = dict(context_in_dim=64, hidden_size=256, num_heads=2, depth=1, depth_single_blocks=1)
 CHROMA = FLUX_LIKE | dict(
     **dict(
@@ -53,6 +76,9 @@ class Small:
     pooled   width of its pooled text, 0 where it has none; old hosts want one for every FLUX
     told     the arguments that the host's detection is told
     dense    parts of the names of linears in blocks that stay 16-bit
+    linears  how many linears of the host our quantizer makes 4-bit
+    layout   the dialect our quantizer writes
+    unused   shapes of tensors that published files have and the host's class has no place for
     """
 
     build: tuple[str, str]
@@ -62,12 +88,15 @@ class Small:
     pooled: int = 0
     told: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
+    linears: int = 0
+    layout: str = "natural"
+    unused: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def model(self) -> torch.nn.Module:
         """The host's class, on meta."""
         module = import_module(self.build[0])
         options = {k: list(v) if isinstance(v, list) else v for k, v in self.options.items()}
-        return getattr(module, self.build[1])(**options, **published.META)
+        return getattr(module, self.build[1])(**options, **META)
 
     def quantizes(self, name: str, width: int) -> bool:
         inside = any(part in name for part in _BLOCKS) and not any(part in name for part in self.dense)
@@ -81,12 +110,16 @@ SMALL = {
         (1, 4, 8, 8),
         2048,
         1280,
+        linears=72,
+        layout="nunchaku_v1",
     ),
     "pixart-sigma": Small(
         ("comfy.ldm.pixart.pixartms", "PixArtMS"),
         dict(depth=1, model_max_length=300, micro_condition=False),
-        (1, 4, 64, 64),
+        (1, 4, 40, 40),
         4096,
+        linears=7,
+        unused={"pos_embed": (1, 1024, 1152)},
     ),
     "qwen-image": Small(
         ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel"),
@@ -95,6 +128,8 @@ SMALL = {
         3584,
         told=("num_attention_heads",),
         dense=("img_mod", "txt_mod", "net.2"),
+        linears=28,
+        layout="nunchaku_v2",
     ),
     "z-image": Small(
         ("comfy.ldm.lumina.model", "NextDiT"),
@@ -102,6 +137,8 @@ SMALL = {
         (1, 16, 8, 8),
         64,
         told=tuple(set(Z_IMAGE) - {"dim", "n_layers", "cap_feat_dim"}),
+        linears=20,
+        layout="nunchaku_v2",
     ),
     "chroma": Small(
         ("comfy.ldm.chroma.model", "Chroma"),
@@ -110,20 +147,29 @@ SMALL = {
         64,
         64,
         told=("out_dim", "hidden_dim", "n_layers"),
+        linears=10,
     ),
-    "flux2": Small(("comfy.ldm.flux.model", "Flux"), FLUX2, (1, 128, 8, 8), 64, 64, told=("num_heads",)),
-    "wan": Small(("comfy.ldm.wan.model", "WanModel"), WAN, (1, 16, 1, 8, 8), 4096),
+    "flux2": Small(
+        ("comfy.ldm.flux.model", "Flux"), FLUX2, (1, 128, 8, 8), 64, 64, told=("num_heads",), linears=10
+    ),
+    "wan": Small(("comfy.ldm.wan.model", "WanModel"), WAN, (1, 16, 1, 8, 8), 4096, linears=20),
 }
 
 
-def detecting(told: Mapping[str, Any]):
+@contextmanager
+def detecting(small: Small) -> Iterator[None]:
     """While this lasts, the host's detection knows better."""
     original = comfy.model_detection.detect_unet_config
+    told = {key: small.options[key] for key in small.told}
 
     def detect(*args, **kwargs):
-        return original(*args, **kwargs) | told
+        config = original(*args, **kwargs)
+        return config if config is None else config | told
 
-    return mock.patch.object(comfy.model_detection, "detect_unet_config", detect)
+    width = {"dim": Z_IMAGE["dim"]}  # by which the host tells Z-Image from Lumina 2
+    known = mock.patch.dict(comfy.supported_models.ZImage.unet_config, width)
+    with known, mock.patch.object(comfy.model_detection, "detect_unet_config", detect):
+        yield
 
 
 def write(family: str, path) -> None:
@@ -144,28 +190,27 @@ def make(family: str, folder) -> twins.Twins:
     path = folder / f"{family}.safetensors"
     write(family, path)
     small = SMALL[family]
-    with detecting({key: small.options[key] for key in small.told}):
+    with detecting(small):
         return twins.make(path)
 
 
-def sample(family: str, model, steps: int = 1) -> Tensor:
+def sample(
+    family: str, model, steps: int = 1, *, batch: int = 1, cfg: float = 1.0, control=None, seed: int = 1
+) -> Tensor:
     """A latent by the host's own sampler."""
-    small, generator = SMALL[family], torch.Generator().manual_seed(1)
-    conditioning = [[torch.randn(1, 8, small.text, generator=generator), {}]]
-    if small.pooled:
-        conditioning[0][1]["pooled_output"] = torch.randn(1, small.pooled, generator=generator)
-    latent = torch.zeros(small.latent)
+    small, generator = SMALL[family], torch.Generator().manual_seed(seed)
+    positive, negative = (prompt(small, generator, control) for _ in range(2))
+    latent = torch.zeros(batch, *small.latent[1:])
     noise = comfy.sample.prepare_noise(latent, 0)
     return comfy.sample.sample(
-        model,
-        noise,
-        steps,
-        1.0,
-        "euler",
-        "simple",
-        conditioning,
-        conditioning,
-        latent,
-        seed=0,
-        disable_pbar=True,
+        model, noise, steps, cfg, "euler", "simple", positive, negative, latent, seed=0, disable_pbar=True
     )
+
+
+def prompt(small: Small, generator: torch.Generator, control=None) -> list:
+    """CONDITIONING of random tensors."""
+    more: dict[str, Any] = {"control": control, "control_apply_to_uncond": True} if control else {}
+    context = torch.randn(1, 8, small.text, generator=generator)
+    if small.pooled:
+        more["pooled_output"] = torch.randn(1, small.pooled, generator=generator)
+    return [[context, more]]

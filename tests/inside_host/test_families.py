@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 
 import comfy.ops
 import comfy.utils
@@ -12,12 +11,13 @@ import torch
 
 from svdquant_nodes.svdquant.adapters import families
 from svdquant_nodes.svdquant.adapters.families import flux, qwen_image, sdxl, z_image
+from svdquant_nodes.svdquant.adapters.family import Names
 
 META = {"device": "meta", "operations": comfy.ops.disable_weight_init}
 
 
 def checkpoint(layers, plain=()):
-    return SimpleNamespace(info=dict.fromkeys(layers), plain_info=dict.fromkeys(plain))
+    return Names(dict.fromkeys(layers), dict.fromkeys(plain))
 
 
 def split_names(names, is_linear):

@@ -67,7 +67,11 @@ def same_tensors(got, want) -> bool:
 # ---- FLUX.1-dev in full size: shapes only ----
 
 
-def _w4a4(n: int, k: int, *, fp4: bool, second: str = "wtscale") -> dict[str, tuple[str, list[int]]]:
+Shapes = dict[str, tuple[str, list[int]]]
+
+
+def w4a4(n: int, k: int, *, fp4: bool, second: str = "wtscale") -> Shapes:
+    """A W4A4 layer's tensors by the last part of their v1 names."""
     group, scale = (16, "F8_E4M3") if fp4 else (64, "BF16")
     extra = {second: ("BF16", [1] if second == "wtscale" else [n])} if fp4 else {}
     return {
@@ -82,51 +86,53 @@ def _w4a4(n: int, k: int, *, fp4: bool, second: str = "wtscale") -> dict[str, tu
     }
 
 
-def _awq(n: int, k: int) -> dict[str, tuple[str, list[int]]]:
+def awq(n: int, k: int) -> Shapes:
+    """A modulation's."""
     scale = ("BF16", [k // 64, n])
     return {"qweight": ("I32", [n // 4, k // 2]), "wscales": scale, "wzeros": scale, "bias": ("BF16", [n])}
 
 
-def _dense(*shape: int) -> dict[str, tuple[str, list[int]]]:
+def dense(*shape: int) -> Shapes:
+    """A 16-bit linear's, with a bias."""
     return {"weight": ("BF16", list(shape)), "bias": ("BF16", [shape[0]])}
 
 
-def _norm() -> dict[str, tuple[str, list[int]]]:
+def _norm() -> Shapes:
     return {"weight": ("BF16", [128])}
 
 
 def flux_dev_shapes(*, fp4: bool = False, d: int = 3072, double: int = 19, single: int = 38) -> dict:
     """Every tensor of FLUX.1-dev in Nunchaku layout: {name: (dtype, shape)}, width and depths as asked."""
     modules: dict[str, dict] = {
-        "x_embedder": _dense(d, 64),
-        "context_embedder": _dense(d, 4096),
-        "norm_out.linear": _dense(2 * d, d),
-        "proj_out": _dense(64, d),
+        "x_embedder": dense(d, 64),
+        "context_embedder": dense(d, 4096),
+        "norm_out.linear": dense(2 * d, d),
+        "proj_out": dense(64, d),
     }
     for name, width in (("timestep", 256), ("guidance", 256), ("text", 768)):
-        modules[f"time_text_embed.{name}_embedder.linear_1"] = _dense(d, width)
-        modules[f"time_text_embed.{name}_embedder.linear_2"] = _dense(d, d)
+        modules[f"time_text_embed.{name}_embedder.linear_1"] = dense(d, width)
+        modules[f"time_text_embed.{name}_embedder.linear_2"] = dense(d, d)
     for i in range(double):
         block = f"transformer_blocks.{i}."
         for end, norms in (("", ("norm_q", "norm_k")), ("_context", ("norm_added_q", "norm_added_k"))):
-            modules[f"{block}norm1{end}.linear"] = _awq(6 * d, d)
-            modules[f"{block}qkv_proj{end}"] = _w4a4(3 * d, d, fp4=fp4, second="wcscales")
-            modules[f"{block}out_proj{end}"] = _w4a4(d, d, fp4=fp4)
-            modules[f"{block}mlp{end}_fc1"] = _w4a4(4 * d, d, fp4=fp4)
-            modules[f"{block}mlp{end}_fc2"] = _w4a4(d, 4 * d, fp4=fp4)
+            modules[f"{block}norm1{end}.linear"] = awq(6 * d, d)
+            modules[f"{block}qkv_proj{end}"] = w4a4(3 * d, d, fp4=fp4, second="wcscales")
+            modules[f"{block}out_proj{end}"] = w4a4(d, d, fp4=fp4)
+            modules[f"{block}mlp{end}_fc1"] = w4a4(4 * d, d, fp4=fp4)
+            modules[f"{block}mlp{end}_fc2"] = w4a4(d, 4 * d, fp4=fp4)
             modules |= {block + norm: _norm() for norm in norms}
     for i in range(single):
         block = f"single_transformer_blocks.{i}."
-        modules[f"{block}norm.linear"] = _awq(3 * d, d)
-        modules[f"{block}qkv_proj"] = _w4a4(3 * d, d, fp4=fp4, second="wcscales")
-        modules[f"{block}mlp_fc1"] = _w4a4(4 * d, d, fp4=fp4)
-        modules[f"{block}out_proj"] = _w4a4(d, d, fp4=fp4)
-        modules[f"{block}mlp_fc2"] = _w4a4(d, 4 * d, fp4=fp4)
+        modules[f"{block}norm.linear"] = awq(3 * d, d)
+        modules[f"{block}qkv_proj"] = w4a4(3 * d, d, fp4=fp4, second="wcscales")
+        modules[f"{block}mlp_fc1"] = w4a4(4 * d, d, fp4=fp4)
+        modules[f"{block}out_proj"] = w4a4(d, d, fp4=fp4)
+        modules[f"{block}mlp_fc2"] = w4a4(d, 4 * d, fp4=fp4)
         modules |= {block + norm: _norm() for norm in ("norm_q", "norm_k")}
     return {f"{m}.{tail}": value for m, tails in modules.items() for tail, value in tails.items()}
 
 
-def t5_xxl_shapes() -> dict[str, tuple[str, list[int]]]:
+def t5_xxl_shapes() -> Shapes:
     """Every tensor of the published T5-XXL."""
     d, ff = 4096, 10240
     table = ("F16", [32128, d])
@@ -148,14 +154,17 @@ def t5_xxl_shapes() -> dict[str, tuple[str, list[int]]]:
     return shapes
 
 
-def sparse(path: Path, shapes: dict[str, tuple[str, list[int]]]) -> tuple[Path, int]:
-    """A file of the right size whose tensor bytes are a hole, and how many bytes of tensors it claims."""
+def sparse(path: Path, shapes: Shapes, contents: dict[str, bytes] | None = None) -> tuple[Path, int]:
+    """A file of the right size whose tensor bytes are a hole but for `contents`, and how many it claims."""
     header, position = {}, 0
     for name, (dtype, shape) in shapes.items():
         end = position + math.prod(shape) * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
-    raw(path, header)
+    start = raw(path, header).stat().st_size
     with path.open("r+b") as stream:
-        stream.truncate(path.stat().st_size + position)
+        stream.truncate(start + position)
+        for name, data in (contents or {}).items():
+            stream.seek(start + header[name]["data_offsets"][0])
+            stream.write(data)
     return path, position

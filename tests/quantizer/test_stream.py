@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.loaders.source import open_source
+from svdquant_nodes.svdquant.adapters.conventions import straighten
 from svdquant_nodes.svdquant.adapters.families import resolve
-from svdquant_nodes.svdquant.adapters.family import apply_role, assemble, straighten
+from svdquant_nodes.svdquant.adapters.family import apply_role, assemble
 from svdquant_nodes.svdquant.adapters.plans import make_plan
 from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.svdquant.quantizer import stream

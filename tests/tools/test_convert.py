@@ -12,6 +12,7 @@ from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.loaders.nunchaku_linear import V2, encode_linear
 from svdquant_nodes.svdquant.adapters import convert
 from svdquant_nodes.svdquant.adapters.families import Role
+from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.svdquant.core.weights import GELU_SHIFT
 from svdquant_nodes.tests import golden, layers
 from svdquant_nodes.tests.loaders import made
@@ -125,3 +126,32 @@ def test_target_is_replaced(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"old")
     run(MINI["int4"], tmp_path / "b.safetensors", "nunchaku")
     assert len(open_checkpoint(tmp_path / "b.safetensors").layers) == 15
+
+
+def test_modulations_are_in_the_models_own_order_where_its_modules_run_them(tmp_path):
+    name = "transformer_blocks.0.norm1.linear"
+    source = open_checkpoint(MINI["int4"])
+    kitchen = run(MINI["int4"], tmp_path / "kitchen.safetensors", "kitchen")
+    engine, own = (file.layers[name] for file in (source, kitchen))
+    d = engine.out_features // 6
+    order = [j * 6 + s for s in range(6) for j in range(d)]
+    assert torch.equal(own.codes, engine.codes[order])
+    plus = torch.zeros(6, d)
+    plus[[1, 4]] = 1
+    assert torch.equal(own.bias.float(), engine.bias[order].float() - plus.flatten())
+
+
+def test_a_signed_layer_is_made_unsigned_for_the_engine(tmp_path):
+    """What follows a GELU computes the same: x - shift through the stored layer is x through the signed one."""
+    names = [f"transformer_blocks.0.{name}" for name in ("norm1_context.linear", "ff.net.2")]
+    signed = layers.random_linear("int4", 128, 256)
+    kept = {names[0]: layers.random_linear("awq", 768, 128), names[1]: signed}
+    lite = {f"{layer}.{k}": t for layer, w in kept.items() for k, t in encode_linear(w, V2).items()}
+    made.save(tmp_path / "lite.safetensors", {n: t for n, t in lite.items() if not n.endswith("_orig")})
+    found = run(tmp_path / "lite.safetensors", tmp_path / "a.safetensors", "natural").layers[names[1]]
+    assert found.spec.act_shift == GELU_SHIFT
+    assert torch.equal(found.codes, signed.codes)
+    shift = torch.full((1, 256), GELU_SHIFT, dtype=torch.float64)
+    dense = reference.residual(signed).double()
+    wanted = signed.bias.double() - (shift @ dense.T)[0]
+    assert (found.bias.double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()

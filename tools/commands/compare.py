@@ -13,8 +13,9 @@ from torch import Tensor
 from ...loaders.checkpoint import Checkpoint
 from ...loaders.detect import open_checkpoint
 from ...loaders.source import Job, SourceModel, open_source
+from ...svdquant.adapters.conventions import straighten
 from ...svdquant.adapters.families import resolve
-from ...svdquant.adapters.family import apply_role, straighten
+from ...svdquant.adapters.family import Role, apply_role
 from ...svdquant.adapters.plans import make_plan
 from ...svdquant.core import linear, reference
 from ...svdquant.core.weights import LinearWeights
@@ -69,13 +70,12 @@ def compare(source: SourceModel, checkpoint: Checkpoint, samples: dict[str, Samp
     plan, family = make_plan(source, rank=0), resolve(checkpoint)
     roles = family.roles(checkpoint) if family else {}
     for job in plan.jobs:
-        if job.name not in checkpoint.info or (samples and (job.chunks or job.source not in samples)):
+        if job.name not in checkpoint.info or (samples and (job.chunks or job.reads not in samples)):
             continue
-        weights = checkpoint.layers[job.name]
-        if job.name in roles:
-            weights = apply_role(weights, roles[job.name])
-        if job.chunks:
-            weights = straighten(weights, job.chunks)
+        role = roles.get(job.name, Role())
+        weights = apply_role(checkpoint.layers[job.name], role)
+        if role.splits:
+            weights = straighten(weights, role.splits)
         info = checkpoint.info[job.name]
         error = error_of(plan.source, job, weights, samples)
         yield Found(job.name, weights.spec.format, weights.rank, info.nbytes, error)
@@ -86,7 +86,7 @@ def error_of(source: SourceModel, job: Job, weights: LinearWeights, samples: dic
     weight, bias = source.cut(job)
     if not samples:
         return relative(reference.dequantize(weights), weight)
-    x = samples[job.source].held[:, slice(*job.columns)]
+    x = samples[job.reads].held[:, slice(*job.columns)]
     wanted = x.float() @ weight.T
     y = linear.linear(x, weights, reference)
     return relative(y if bias is None else y - bias, wanted)

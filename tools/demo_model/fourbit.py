@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ...loaders.checkpoint import Checkpoint
 from ...loaders.detect import open_checkpoint
+from ...svdquant.adapters.conventions import straighten
 from ...svdquant.adapters.families import flux as family
-from ...svdquant.adapters.family import Role, apply_role, assemble, straighten
+from ...svdquant.adapters.family import Role, apply_role, assemble
 from ...svdquant.core import linear, reference
 from ...svdquant.core.weights import LinearWeights
 from .flux import Flux

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from ..family import Family, Mapped, Role, apply_role
-from . import flux, native, qwen_image, sdxl, t5, z_image
+from . import flux, flux2, native, pixart_sigma, qwen_image, sdxl, t5, z_image
 
 # The host's own names come last: their marker is the broadest.
-FAMILIES: tuple[Family, ...] = (
-    flux.FAMILY,
-    qwen_image.FAMILY,
-    z_image.FAMILY,
-    sdxl.FAMILY,
-    t5.FAMILY,
-    native.FAMILY,
-)
+TABLES = (flux, flux2, qwen_image, z_image, sdxl, pixart_sigma, t5, native)
+FAMILIES: tuple[Family, ...] = tuple(table.FAMILY for table in TABLES)
 
 __all__ = ["FAMILIES", "Family", "Mapped", "Role", "apply_role", "resolve"]
 

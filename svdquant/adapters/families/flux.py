@@ -6,18 +6,9 @@ Stored names are diffusers' with Nunchaku's fused modules (v1), the same as modu
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from ..family import Family, Layer, Plain, Stored, modulation, unsigned
+from ..family import Family, Layer, Plain, Stored, modulation, swap_halves, unsigned
 
 _D, _S = "transformer_blocks.{}.", "single_transformer_blocks.{}."
-
-
-def _swap_halves(t: Tensor) -> Tensor:
-    """diffusers keeps (scale, shift) where FLUX keeps (shift, scale)."""
-    scale, shift = t.chunk(2)
-    return torch.cat((shift, scale))
 
 
 def _stream(host: str, block: str, v1: dict[str, str], v2: dict[str, str]) -> tuple[Layer, ...]:
@@ -66,6 +57,7 @@ _SINGLE = (
         (
             (Stored(_S + "out_proj"), unsigned(_S + "mlp_fc2")),
             (Stored(_S + "attn.to_out"), unsigned(_S + "mlp_fc2")),
+            (Stored(_S + "proj_out.linears.0"), Stored(_S + "proj_out.linears.1")),
             (Stored(_S + "proj_out"),),
         ),
         axis="columns",
@@ -88,7 +80,7 @@ _PLAIN = (
         for plain in _both(f"time_text_embed.{stored}_embedder.linear_{i}", f"{host}.{end}")
     ),
     *(
-        Plain(f"norm_out.linear.{end}", f"final_layer.adaLN_modulation.1.{end}", _swap_halves)
+        Plain(f"norm_out.linear.{end}", f"final_layer.adaLN_modulation.1.{end}", swap_halves)
         for end in ("weight", "bias")
     ),
     *_both("proj_out", "final_layer.linear"),

@@ -20,9 +20,13 @@ class Native(Family):
         )
 
 
-# Block names of ComfyUI's own model classes that no published SVDQuant dialect uses.
+# What ComfyUI's own model classes call their blocks; text encoders are no diffusion models.
+_BLOCKS = r"(\w+_)?(block|blocks|layers|refiner)"
+
 FAMILY = Native(
     name="ComfyUI model",
-    marker=r"(double_blocks|single_blocks|input_blocks|middle_block|output_blocks|blocks|layers)\.\d+\..*",
+    marker=rf"(?!(en|de)coder\.)(\w+\.)*({_BLOCKS}|middle_block)\.\d+\..+",
     layers=(),
+    optional=r"y_embedder\.y_embedding",  # PixArt's prompt for training without one
+    strict=False,
 )

@@ -6,7 +6,9 @@ fused; convolutions, resnets, embeddings and cross-attention's k and v stay 16-b
 
 from __future__ import annotations
 
-from ..family import Family, Layer, Plain, Stored, shares
+import json
+
+from ..family import Family, Layer, Plain, Published, Shapes, Stored, shares
 
 # diffusers' attention blocks and resnets on the host's flat list of blocks
 ATTENTIONS = {
@@ -40,7 +42,23 @@ _MODULES = {
     **{f"{d}.{i}": f"{h}.{o}" for d, h in RESNETS.items() for i, o in _IN_RESNET.items()},
     **{f"{d}.{n}": f"{h}.{n}" for d, h in ATTENTIONS.items() for n in ("norm", "proj_in", "proj_out")},
 }
-_IN_BLOCK = ("norm1", "norm2", "norm3", "attn2.to_k", "attn2.to_v")
+_SIZES = {  # rows and columns of the quantized linears, in widths of their block
+    **{f"attn1.to_{x}": (1, 1) for x in "qkv"},
+    "attn1.to_qkv": (3, 1),
+    "attn1.to_out.0": (1, 1),
+    "attn2.to_q": (1, 1),
+    "attn2.to_out.0": (1, 1),
+    "ff.net.0.proj": (8, 1),
+    "ff.net.2": (1, 4),
+}
+_IN_BLOCK = (
+    "norm1",
+    "norm2",
+    "norm3",
+    "attn2.to_k",
+    "attn2.to_v",
+    *(n for n in _SIZES if n != "attn1.to_qkv"),
+)
 
 
 def _block(stored: str, host: str) -> tuple[Layer, ...]:
@@ -51,6 +69,36 @@ def _block(stored: str, host: str) -> tuple[Layer, ...]:
     return (
         *(Layer(host + name, (*option, (Stored(stored + name),))) for name, option in qkv),
         *(Layer(host + name, ((Stored(stored + name),),)) for name in same),
+    )
+
+
+def _sizes(shapes: Shapes) -> dict[str, tuple[int, int]]:
+    """True sizes, which padding hides in a UNet of other widths: cross-attention's k, always dense, has the width."""
+    found = {}
+    for stored in ATTENTIONS:
+        (width, *_) = shapes.get(f"{stored}.transformer_blocks.0.attn2.to_k.weight", (0,))
+        if width:
+            block = f"{stored}.transformer_blocks.{{}}."
+            found |= {block + name: (n * width, k * width) for name, (n, k) in _SIZES.items()}
+    return found
+
+
+def _metadata(shapes: Shapes) -> dict[str, str]:
+    """The header of a published file; the diffusers config only for SDXL's own sizes."""
+    config = {
+        **dict(
+            _class_name="UNet2DConditionModel", act_fn="silu", in_channels=4, out_channels=4, sample_size=128
+        ),
+        **dict(addition_embed_type="text_time", addition_time_embed_dim=256, attention_head_dim=[5, 10, 20]),
+        **dict(block_out_channels=[320, 640, 1280], cross_attention_dim=2048, layers_per_block=2),
+        **dict(projection_class_embeddings_input_dim=2816, transformer_layers_per_block=[1, 2, 10]),
+        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
+        "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
+        "use_linear_projection": True,
+    }
+    full = shapes.get("middle_block.1.transformer_blocks.9.attn1.to_q.weight") == (1280, 1280)
+    return {"model_class": "NunchakuSDXLUNet2DConditionModel"} | (
+        {"config": json.dumps(config)} if full else {}
     )
 
 
@@ -67,4 +115,6 @@ FAMILY = Family(
             for end in ("weight", "bias")
         ),
     ),
+    sizes=_sizes,
+    published=Published(host=r"label_emb\.0\.0", metadata=_metadata),
 )

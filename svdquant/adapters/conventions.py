@@ -1,0 +1,60 @@
+"""One linear, two conventions: what the SVDQuant engine stores, and what the model's own module computes.
+
+The engine fuses work around three kinds of layers, and its files hold them as that needs: rows of modulations are
+interleaved by chunks and their scale rows have a 1 added, and int4 linears after a GELU get activations without a
+sign. Files that a model's own modules run, ComfyUI's or diffusers', hold those layers as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..core import reference
+from ..core.weights import GELU_SHIFT, INT4, LinearWeights
+
+# The others (kitchen, nunchaku_lite) follow the model's own; natural files are written from the engine's.
+ENGINE_DIALECTS = ("nunchaku_v1", "nunchaku_v2", "nunchaku_folder", "natural")
+
+
+def straighten(weights: LinearWeights, splits: int) -> LinearWeights:
+    """A modulation linear in the model's own order: rows un-interleaved, the folded +1 taken out of the bias.
+
+    Stored row j*S + s is row s*d + j; scale chunks are s = 1 and, for S = 6, s = 4. The bias comes back in fp32,
+    because 16 bits cannot hold every (b + 1) - 1.
+    """
+    straight = weights.rows(_order(weights, splits))
+    bias = straight.bias.float().reshape(splits, -1).clone()
+    bias[1::3] -= 1
+    return replace(straight, bias=bias.reshape(-1))
+
+
+def interleave(weights: LinearWeights, splits: int) -> LinearWeights:
+    """The inverse of `straighten`; the bias goes back to the dtype of the scales."""
+    bias = weights.bias.float().reshape(splits, -1).clone()
+    bias[1::3] += 1
+    folded = replace(weights, bias=bias.reshape(-1).to(weights.scales.dtype))
+    return folded.rows(_order(weights, splits).argsort())
+
+
+def unsign(weights: LinearWeights) -> LinearWeights:
+    """A signed int4 linear for activations shifted by GELU_SHIFT: the bias takes out what the shift puts in."""
+    offset = reference.residual(weights).sum(-1) * GELU_SHIFT
+    bias = -offset if weights.bias is None else weights.bias.float() - offset
+    spec = replace(weights.spec, act_shift=GELU_SHIFT)
+    return replace(weights, spec=spec, bias=bias.to(weights.smooth.dtype))
+
+
+def to_engine(weights: LinearWeights, splits: int, act_shift: float) -> LinearWeights:
+    """A linear of the model's own convention as the engine wants it in a place with these roles."""
+    if splits and weights.spec.format == "awq":
+        return interleave(weights, splits)
+    if act_shift and weights.spec == INT4:
+        return unsign(weights)
+    return weights
+
+
+def _order(weights: LinearWeights, splits: int) -> torch.Tensor:
+    """Stored rows in the model's order."""
+    return torch.arange(weights.out_features).reshape(-1, splits).T.reshape(-1)
