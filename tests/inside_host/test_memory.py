@@ -119,6 +119,12 @@ def test_a_layer_streams_through_the_hosts_gathered_buffer(quantized):
         assert torch.equal(linear.forward(x, parts, bias, (), layer.op_set), layer(x)), key
 
 
+def test_code_that_holds_a_weight_itself_computes_as_the_layer_does(quantized):
+    for key, layer in quantized_linears(quantized.model):
+        x = torch.randn(3, layer.in_features)
+        assert torch.equal(torch.nn.functional.linear(x, layer.weight, layer.bias), layer(x)), key
+
+
 def layers_of(model):
     return [layer for _, layer in quantized_linears(model.model)]
 

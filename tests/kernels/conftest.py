@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import platform
 from dataclasses import dataclass, replace
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svdquant_nodes.svdquant.core.weights import LinearWeights
-from svdquant_nodes.svdquant.kernels import ops, select
+from svdquant_nodes.svdquant.kernels import ops, select, selftest
 
 
 class Insistent:
@@ -55,15 +56,32 @@ def _rows() -> list:
     ]
 
 
+@functools.cache
+def trusted(kind: str) -> select.Device:
+    """A device with its kernels; a GPU's whatever the self-test says, as they are what is to be tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selftest, "problem", lambda *args: None)
+        for index in range(torch.cuda.device_count() if kind == "cuda" else 0):
+            ops.device(kind, index)
+        return ops.device(kind)
+
+
 @pytest.fixture(params=_rows())
 def spelled(request: pytest.FixtureRequest) -> Spelled:
     row = request.param
-    found = ops.device(row.device)
+    found = trusted(row.device)
     if found.missing:
         pytest.skip(f"no {row.device} kernels: {found.missing}")
     if lack := row.needs(found):
         pytest.skip(lack)
     return Spelled(Insistent(row), torch.device(row.device))
+
+
+@pytest.fixture
+def gpu_kernels() -> None:
+    """Skip where a GPU's kernels cannot be had."""
+    if missing := trusted("cuda").missing:
+        pytest.skip(f"no cuda kernels: {missing}")
 
 
 @pytest.fixture

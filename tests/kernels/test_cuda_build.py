@@ -30,7 +30,7 @@ import torch
 from svdquant_nodes.svdquant.kernels import jit, ops
 ops.declare()
 start = time.perf_counter()
-missing = jit.load(jit.cuda_target(*json.loads(sys.argv[2])))
+missing = jit.load(jit.cuda_target(*map(tuple, json.loads(sys.argv[2]))))
 seconds = time.perf_counter() - start
 here = torch._C._dispatch_has_kernel_for_dispatch_key
 names = [schema.partition("(")[0] for schema in ops.SCHEMAS]

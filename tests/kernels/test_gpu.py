@@ -6,13 +6,14 @@ What each op computes is judged for every spelling in test_spellings.py; here it
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 import torch
 
 from svdquant_nodes.svdquant.core import linear, reference
 from svdquant_nodes.svdquant.core.linear import Branch, Part
-from svdquant_nodes.svdquant.kernels import ops, select
+from svdquant_nodes.svdquant.kernels import ops, select, selftest
 from svdquant_nodes.tests import layers
 from svdquant_nodes.tests.kernels import test_ops
 from svdquant_nodes.tests.tolerances import assert_close
@@ -20,15 +21,6 @@ from svdquant_nodes.tests.tolerances import assert_close
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu_kernels")]
 ALL = slice(None)
 TOKENS = [0, 1, 2, 17, 64, 129]
-
-
-@pytest.fixture
-def gpu_kernels():
-    """Skip where they cannot be had; fail where they are there and were found wrong."""
-    missing = ops.device("cuda").missing
-    assert "self-test" not in missing, missing
-    if missing:
-        pytest.skip(f"no cuda kernels: {missing}")
 
 
 def on_gpu(thing):
@@ -63,11 +55,22 @@ def lora(n=200, k=256, rows=ALL, columns=ALL, rank=16, dtype=torch.bfloat16):
     return Branch(down, layers.random(height, rank, seed=2, dtype=dtype), 0.75, rows, columns)
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
-def test_a_kernel_is_chosen_for_every_format(name):
+@pytest.mark.parametrize("op", select.FILE_OPS)
+def test_a_kernel_is_chosen(op):
     """Nothing below would fail if plain torch ran instead."""
-    for op in select.FILE_OPS:
-        assert ops.choose(select.Request(op, "bfloat16"), "cuda").spelling not in ops.PLAIN
+    assert ops.choose(select.Request(op, "bfloat16"), "cuda").spelling not in ops.PLAIN
+
+
+def test_the_self_test_passes_in_half_a_second():
+    names = [
+        op
+        for op in select.OPS
+        if ops.choose(select.Request(op, "bfloat16"), "cuda").spelling not in ops.PLAIN
+    ]
+    selftest.problem(ops, torch.device("cuda"), names)  # loads what CUDA loads once
+    start = time.perf_counter()
+    assert selftest.problem(ops, torch.device("cuda"), names) is None
+    assert time.perf_counter() - start < 0.5
 
 
 def test_the_library_lists_the_rows_of_the_table():
