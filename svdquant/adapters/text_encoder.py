@@ -84,7 +84,8 @@ def load_clip(request: Request, ops: ModuleType = kernel_ops, disable_dynamic: b
     opened = [open_tensors(path) for path in request.paths]
     checkpoint = _the_quantized(opened)
     if checkpoint is None:
-        clip = comfy.sd.load_clip([str(p) for p in request.paths], _embeddings(), _type(request.kind))
+        files = [str(path) for path in request.paths]
+        clip = comfy.sd.load_clip(files, _embeddings(), _type(request.kind), _devices(request.device))
     else:
         clip = _load(request, opened, checkpoint, ops, disable_dynamic)
         _report(checkpoint, clip, time.perf_counter() - start)
@@ -118,11 +119,10 @@ def _load(
 ) -> comfy.sd.CLIP:
     family = family_of(checkpoint, "text encoder")
     encoder = _encoder_state(checkpoint, family.map_names(checkpoint))
-    given, states = (
-        set(encoder),
-        [encoder if files is checkpoint.stored else _plain_state(files) for files in opened],
-    )
-    options = _options(request.device, make_operations(ops), sizes(checkpoint, encoder))
+    given = set(encoder)
+    states = [encoder if files is checkpoint.stored else _plain_state(files) for files in opened]
+    options = _devices(request.device)
+    options |= {"custom_operations": make_operations(ops), "t5xxl_model_config": sizes(checkpoint, encoder)}
     try:
         clip = comfy.sd.load_text_encoder_state_dicts(
             states, _embeddings(), _type(request.kind), model_options=options, disable_dynamic=disable_dynamic
@@ -179,13 +179,11 @@ def sizes(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> dict[str, int]
     }
 
 
-def _options(device: str, operations: type, sizes: Mapping[str, int]) -> dict:
-    """The host's options: its own devices, but weights begin where they rest."""
-    options = {"custom_operations": operations, "t5xxl_model_config": sizes}
+def _devices(device: str) -> dict:
+    """The host's own devices, or the CPU alone; weights begin where they rest."""
     if device == "cpu":
-        options |= dict.fromkeys(("load_device", "offload_device"), torch.device("cpu"))
-    rest = options.get("offload_device", comfy.model_management.text_encoder_offload_device())
-    return {**options, "initial_device": rest}
+        return dict.fromkeys(("load_device", "offload_device", "initial_device"), torch.device("cpu"))
+    return {"initial_device": comfy.model_management.text_encoder_offload_device()}
 
 
 def _embeddings() -> list[str]:
