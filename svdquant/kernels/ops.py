@@ -114,11 +114,9 @@ def _gpu(index: int | None) -> select.Device:
     if not missing:
         fit = [(p.major, p.minor) for p in every if not select.unfit((p.major, p.minor), p.name)]
         missing = jit.load(jit.cuda_target(*fit))
-    return (
-        replace(found, missing=missing)
-        if missing
-        else _trusted(found, torch.device("cuda", index), here.name)
-    )
+    if missing:
+        return replace(found, missing=missing)
+    return _trusted(found, torch.device("cuda", index), here.name)
 
 
 def _trusted(found: select.Device, where: torch.device, name: str) -> select.Device:
@@ -132,10 +130,9 @@ def _trusted(found: select.Device, where: torch.device, name: str) -> select.Dev
         fault = selftest.problem(trial, where, names)
         if fault is None:
             return found
-        op = fault.split()[0].rstrip(":").split("/")[-1]
-        wrong = trial.spelling(op, torch.bfloat16)
+        wrong = trial.spelling(fault.op, torch.bfloat16)
         found = replace(found, distrusted=found.distrusted | {wrong})
-        instead = _Trial(found).spelling(op, torch.bfloat16)
+        instead = _Trial(found).spelling(fault.op, torch.bfloat16)
         if instead in PLAIN:
             log.warning(
                 "SVDQuant: the kernels failed their self-test on %s, so layers multiply dequantized weights in "

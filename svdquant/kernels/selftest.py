@@ -54,8 +54,19 @@ CASES = (
 )
 
 
-def problem(ops: ModuleType, device: torch.device, names: Collection[str]) -> str | None:
-    """The first thing wrong with an op set on a device, in half a sentence that begins with the op; None if nothing.
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with an op, in half a sentence that begins with its name."""
+
+    op: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.text}"
+
+
+def problem(ops: ModuleType, device: torch.device, names: Collection[str]) -> Fault | None:
+    """The first thing wrong with an op set on a device, None if nothing.
 
     names  ops to check; a layer is taken when all that it needs are among them
     """
@@ -64,9 +75,9 @@ def problem(ops: ModuleType, device: torch.device, names: Collection[str]) -> st
             try:
                 for op, faults in _judge(case, seed, ops, device, names):
                     if faults:
-                        return f"{op} {faults} ({case})"
+                        return Fault(op, f"{faults} ({case})")
             except RuntimeError as error:  # a refusal, or CUDA's word about an earlier launch
-                return f"{'/'.join(_ops_of(case))}: {str(error).strip().splitlines()[0]} ({case})"
+                return Fault(_ops_of(case)[-1], f"ended with {str(error).strip().splitlines()[0]!r} ({case})")
     return None
 
 

@@ -59,7 +59,11 @@ FAULTS = {  # op, how its results are spoilt, what is said
     "outputs-swapped": ("gemv_awq", lambda y: y.flip(-1), "gemv_awq is off by"),
     "a-small-error": ("gemm_int4", lambda y: y * 1.001, "gemm_int4 is off by"),
     "eight-bits": ("gemm_int8", lambda y: poke(y, torch.inf), "gemm_int8 is off by inf"),
-    "cuda-error": ("gemv_awq", refuse, "gemv_awq: CUDA error: an illegal memory access was encountered (1 x"),
+    "cuda-error": (
+        "gemv_awq",
+        refuse,
+        "gemv_awq ended with 'CUDA error: an illegal memory access was encountered' (1 x",
+    ),
     "other-shape": (
         "gemm_int4",
         lambda y: y[:, :-1],
@@ -75,7 +79,8 @@ FAULTS = {  # op, how its results are spoilt, what is said
 
 @pytest.mark.parametrize(("op", "spoil", "text"), FAULTS.values(), ids=FAULTS)
 def test_a_wrong_op_is_named(op, spoil, text):
-    assert selftest.problem(Wrong(op, spoil), CPU, select.OPS).startswith(text)
+    fault = selftest.problem(Wrong(op, spoil), CPU, select.OPS)
+    assert fault.op == op and str(fault).startswith(text)
 
 
 def test_the_reference_passes_in_little_time():
@@ -112,7 +117,9 @@ def test_the_kernels_of_a_gpu_pass_when_emulated(monkeypatch, spelling, arch):
 
 def test_a_gpu_that_fails_runs_without_kernels_and_says_so_once(monkeypatch, caplog):
     found = select.Device("cuda", capability=(8, 9))
-    monkeypatch.setattr(selftest, "problem", lambda op_set, device, names: f"{names[0]} is off by 9")
+    monkeypatch.setattr(
+        selftest, "problem", lambda op_set, device, names: selftest.Fault(names[0], "is off by 9")
+    )
     with caplog.at_level(logging.WARNING, logger="svdquant-nodes"):
         failed = ops._trusted(found, CPU, "NVIDIA Something")
     assert failed.missing == "the self-test failed: quantize_int4 is off by 9"
@@ -127,11 +134,8 @@ def test_a_spelling_that_fails_gives_way_to_the_next(monkeypatch, caplog):
     """The newest kernels of a card may be wrong there, and older ones not."""
 
     def wrong(op_set, device, names):
-        return (
-            "quantize_int4/gemm_int4: no"
-            if op_set.spelling("gemm_int4", torch.bfloat16) == "wgmma_e4m3"
-            else None
-        )
+        bad = op_set.spelling("gemm_int4", torch.bfloat16) == "wgmma_e4m3"
+        return selftest.Fault("gemm_int4", "is off by 9") if bad else None
 
     monkeypatch.setattr(selftest, "problem", wrong)
     with caplog.at_level(logging.WARNING, logger="svdquant-nodes"):
