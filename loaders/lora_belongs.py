@@ -52,7 +52,7 @@ def _why_none(tensors: Mapping[str, Tensor], renamed: Renamed) -> str:
     if {split(name)[1] for name in tensors} <= {"", "set_weight"}:
         return f"expected a LoRA, got {len(tensors)} tensors such as {example!r}, none of a LoRA. Is it a whole model?"
     looks = guess_family(tensors)
-    for_clip = renamed.text_encoder == len(tensors) > 0
+    for_clip = len(renamed.text_encoder) == len(tensors) > 0
     remedy = "Use ComfyUI's Load LoRA, which takes a CLIP." if for_clip else _OTHER
     return (
         f"none of its {len(tensors)} tensors, such as {example!r}, belongs to this model. "

@@ -101,13 +101,13 @@ class Renamed:
     modules       known module name -> tail -> tensor
     unmatched     names that belong to no layer of the model, as the file has them
     naming        how the file calls its layers, for the report
-    text_encoder  how many tensors are for a text encoder, which no diffusion model has
+    text_encoder  names of tensors for a text encoder, which no diffusion model has
     """
 
     modules: Mapping[str, Mapping[str, Tensor]]
     unmatched: tuple[str, ...]
     naming: str
-    text_encoder: int = 0
+    text_encoder: tuple[str, ...] = ()
 
     def flat(self) -> dict[str, Tensor]:
         """The tensors by full name: module, dot, tail."""
@@ -145,9 +145,9 @@ def rename(path: Path, tensors: Mapping[str, Tensor], known: Mapping[str, Hashab
         else:
             _check_members(path, modules[target], sources[known[target]])
     common = namings.most_common(1)
-    strays = tuple(name for name in unmatched if not for_text_encoder(name))
     named = common[0][0] if common else "unknown"
-    return Renamed(modules, strays, named, text_encoder=len(unmatched) - len(strays))
+    for_clip = tuple(filter(for_text_encoder, unmatched))
+    return Renamed(modules, tuple(n for n in unmatched if n not in for_clip), named, for_clip)
 
 
 def split(name: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ class SVDQuantApplyLora(io.ComfyNode):
             search_aliases=["nunchaku lora", "lora loader", "lora stack", "svdq lora"],
             description=(
                 "Join LoRAs to a model as extra rank: exact, removable, without requantizing. ComfyUI's own LoRA "
-                "loaders do the same; this node also reports what matched."
+                "loaders do the same; this node knows more trainers' names and reports what matched."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="A 4-bit model, or any other."),

@@ -181,7 +181,7 @@ def collect(
         step(done, len(renamed.modules))
     for host, branches in found.items():  # q before k before v, whatever order the file has
         changes.branches.setdefault(host, []).extend(sorted(branches, key=lambda b: b.rows.start))
-    return renamed.unmatched
+    return renamed.unmatched + renamed.text_encoder
 
 
 def _branch(

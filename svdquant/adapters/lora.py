@@ -95,14 +95,14 @@ def apply_lora(model, path: Path, strength: float):
     check(model.model, path, patches)
     clone = model.clone()
     joined = clone.add_patches(patches, strength)
-    matched = len(tensors) - len(renamed.unmatched) - renamed.text_encoder
+    matched = len(tensors) - len(renamed.unmatched) - len(renamed.text_encoder)
     report = LoraReport(
         path.name,
         strength,
         naming=renamed.naming,
         tensors=matched,
         unmatched=renamed.unmatched,
-        for_clip=renamed.text_encoder,
+        for_clip=len(renamed.text_encoder),
         **_costs(model, {key: patches[key] for key in joined}),
     )
     log.info("LoRA: %s", report)
