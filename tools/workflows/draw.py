@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .graph import Link, Node, Workflow
@@ -99,7 +100,11 @@ def _note(number: int, workflow: Workflow, nodes: dict[str, Node]) -> dict[str, 
     files = [f for node in nodes.values() for f in node.files]
     lines = [workflow.note]
     if files:
-        lines += ["", f"**Files** ({sum(f.size for f in files):.1f} GB), in ComfyUI's `models` folder:", ""]
+        lines += [
+            "",
+            f"**Files** ({math.fsum(f.size for f in files):.1f} GB), in ComfyUI's `models` folder:",
+            "",
+        ]
         lines += [f"- `{f.folder}`: [{f.name}]({f.url})" for f in files]
     return {
         "id": number,

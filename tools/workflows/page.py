@@ -32,9 +32,9 @@ def text(workflows: Iterable[Workflow]) -> str:
 
 
 def _cells(workflow: Workflow) -> tuple[str, ...]:
-    files = {f for node in workflow.graph().values() for f in node.files}
+    files = dict.fromkeys(f for node in workflow.graph().values() for f in node.files)
     models = [f.size for f in files if f.folder == "diffusion_models"] + [size for _, size in workflow.made]
     beside = sum(f.size for f in files if f.folder in ("loras", "controlnet"))
-    download = f"{sum(f.size for f in files):.1f}" if files else "nothing"
+    download = f"{math.fsum(f.size for f in files):.1f}" if files else "nothing"
     memory = str(math.ceil(max(models) + beside + AROUND)) if models else "none needed"
     return f"[{workflow.name}]({workflow.name}.json)", workflow.shows, download, memory
