@@ -52,6 +52,10 @@ PAIRS = (
     ("lora_B.default.weight", "lora_A.default.weight"),
     ("lora.up.weight", "lora.down.weight"),
 )
+RANKS = [1, 2, 4, 8, 16]
+KINDS = ["lora", "lora", "lora", "mid", "dora", "loha", "lokr", "glora", "oft", "diff"]
+ALPHAS = [1.0, 8.0, 0.5]
+SPOILINGS = ["missing", "shape", "nan", "depth", "integers"]
 OPTIONAL = {
     "alpha",
     "dora_scale",
@@ -96,11 +100,11 @@ class Dice:
     """Throws that depend on the seed alone."""
 
     def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
+        self.random, self.thrown = random.Random(seed), []
         self.generator = torch.Generator().manual_seed(seed)
 
     def throw(self) -> Throw:
-        spell, by_diffusers = NAMINGS[self.random.choice(list(NAMINGS))]
+        spell, by_diffusers = NAMINGS[self.note(self.random.choice(list(NAMINGS)))]
         places = DIFFUSERS if by_diffusers else WHOLE
         made = Throw(self.random.choice([1.0, 0.5, -0.8, 2.0]))
         names = self.random.sample(list(places), self.random.randint(1, 3))
@@ -117,18 +121,21 @@ class Dice:
             self.spoil(made, spell(names[0]))
         return made
 
+    def note(self, choice):
+        """What was thrown, for a test that asks whether everything was."""
+        self.thrown.append(choice)
+        return choice
+
     def numbers(self, *shape: int, by: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
         return (torch.randn(*shape, generator=self.generator) * by).to(dtype)
 
     def adapter(self, n: int, k: int) -> dict[str, Tensor]:
         """The members of a random adapter for an n x k weight."""
-        rank = self.random.choice([1, 2, 4, 8, 16])
-        kind = self.random.choice(
-            ["lora", "lora", "lora", "mid", "dora", "loha", "lokr", "glora", "oft", "diff"]
-        )
+        rank = self.note(self.random.choice(RANKS))
+        kind = self.note(self.random.choice(KINDS))
         members = getattr(self, f"_{kind}")(n, k, rank)
         if kind not in ("diff", "oft") and self.random.random() < 0.5:
-            members["alpha"] = torch.tensor(self.random.choice([1.0, 8.0, 0.5]))
+            members["alpha"] = torch.tensor(self.note(self.random.choice(ALPHAS)))
         return members
 
     def _lora(self, n: int, k: int, rank: int) -> dict[str, Tensor]:
@@ -178,7 +185,7 @@ class Dice:
         names = [n for n in made.tensors if n.startswith(module + ".")]
         name = self.random.choice(names)
         tail = name.removeprefix(module + ".")
-        spoiling = self.random.choice(["missing", "shape", "nan", "depth", "integers"])
+        spoiling = self.note(self.random.choice(SPOILINGS))
         if spoiling == "missing":
             self._lose(made, module, name, tail)
         elif spoiling == "shape" and tail != "alpha":

@@ -15,7 +15,7 @@ from svdquant_nodes.svdquant.adapters.bake import bake
 from svdquant_nodes.svdquant.adapters.bake_tensors import Base
 from svdquant_nodes.svdquant.adapters.lora import apply_lora
 from svdquant_nodes.svdquant.adapters.operations import quantized_linears
-from svdquant_nodes.tests.inside_host import loras
+from svdquant_nodes.tests.inside_host import lora_dice, loras
 from svdquant_nodes.tests.inside_host.lora_dice import Dice
 from svdquant_nodes.tests.inside_host.twins import DEMO_INT4, sample
 from svdquant_nodes.tests.tolerances import assert_close
@@ -78,6 +78,20 @@ def judge(model, made, path, layers, weights) -> str:
         assert not found.misfit
         assert_close(added(layers[name], found.branches), difference, tolerance(name, made, found))
     return "exact"
+
+
+def test_the_dice_show_every_face(monkeypatch):
+    """Every naming, adapter, rank, alpha and fault comes up at least twenty times in a thousand throws."""
+    thrown = Counter()
+    monkeypatch.setattr(
+        Dice, "numbers", lambda self, *shape, by=1, dtype=torch.float32: torch.empty(shape, dtype=dtype)
+    )
+    for seed in range(THROWS):
+        dice = Dice(seed)
+        dice.throw()
+        thrown.update(map(str, dice.thrown))
+    faces = [*lora_dice.NAMINGS, *lora_dice.RANKS, *lora_dice.KINDS, *lora_dice.ALPHAS, *lora_dice.SPOILINGS]
+    assert [face for face in faces if thrown[str(face)] < 20] == []
 
 
 @pytest.mark.parametrize("batch", range(THROWS // A_BATCH))
