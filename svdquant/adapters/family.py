@@ -203,13 +203,15 @@ class Family:
         return Mapped(linears, axes, plain, tuple(sorted((names | set(checkpoint.plain_info)) - used)))
 
     def _map_plain(self, names: set[str]) -> dict[str, Source]:
-        plain = {name: Source((name,)) for name in sorted(names) if re.fullmatch(self.same, name)}
+        shares = dict(self._dense_shares(names))
+        fused = {name for source in shares.values() for name in source.names}
+        plain = {name: Source((name,)) for name in sorted(names - fused) if re.fullmatch(self.same, name)}
         for entry in self.plain:
             for index in _indices(names, entry.names):
                 stored = tuple(name.format(*index) for name in entry.names)
                 if names.issuperset(stored):
                     plain[entry.host.format(*index)] = Source(stored, entry.change)
-        return plain | dict(self._dense_shares(names))
+        return plain | shares
 
     def _dense_shares(self, names: set[str]) -> Iterator[tuple[str, Source]]:
         """Fused linears that stay 16-bit, for hosts that keep them apart."""

@@ -39,7 +39,7 @@ def _metadata(shapes: Shapes) -> dict[str, str]:
 
 FAMILY = Family(
     name="Qwen-Image",
-    marker=r"transformer_blocks\.\d+\.img_mlp\.net\.0\.proj",
+    marker=r"transformer_blocks\.\d+\.(img|txt)_(mlp|mod)\..*",
     layers=(
         *_fused("attn.to_qkv", "attn.to_q attn.to_k attn.to_v"),
         *_fused("attn.add_qkv_proj", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"),

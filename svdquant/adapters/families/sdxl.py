@@ -104,7 +104,7 @@ def _metadata(shapes: Shapes) -> dict[str, str]:
 
 FAMILY = Family(
     name="SDXL",
-    marker=r"(down_blocks|mid_block|up_blocks)\..*\.transformer_blocks\.\d+\.attn1\.(to_qkv|to_q)",
+    marker=r"(down_blocks|mid_block|up_blocks)\..*\.transformer_blocks\.\d+\.(attn[12]\.to_|ff\.net\.).*",
     layers=tuple(layer for stored, host in ATTENTIONS.items() for layer in _block(stored, host)),
     plain=(
         *(Plain(f"{d}.{end}", f"{h}.{end}") for d, h in _MODULES.items() for end in ("weight", "bias")),

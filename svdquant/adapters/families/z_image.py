@@ -71,7 +71,7 @@ def _metadata(shapes: Shapes) -> dict[str, str]:
 
 FAMILY = Family(
     name="Z-Image",
-    marker=r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.(to_qkv|to_q)",
+    marker=r"(layers|noise_refiner|context_refiner)\.\d+\.(attention\.to_.*|feed_forward\.net\..*)",
     layers=tuple(layer for block in _BLOCKS for layer in _layers(block)),
     plain=(
         *(plain for block in _BLOCKS for plain in _plain(block)),
