@@ -21,8 +21,8 @@ enum class Codes : int32_t {
   kInt8,   // -127..127, one fp32 scale a token: activations of an 8-bit layer
 };
 
-// Columns that share a scale; an 8-bit layer has one for the whole row.
-constexpr int64_t group_size(Codes kind) { return kind == Codes::kE2M1 ? 16 : 64; }
+// Columns that share a scale, which divide K; an 8-bit layer has one for the whole row, in pieces of 16 for vectors' sake.
+constexpr int64_t group_size(Codes kind) { return kind == Codes::kE2M1 || kind == Codes::kInt8 ? 16 : 64; }
 
 // A matrix or vector of floats: `stride` elements from one row (or element of a vector) to the next.
 struct Floats {
@@ -51,16 +51,16 @@ struct Launch {
   void* owner = nullptr;
 };
 
-// means: core/reference.py quantize_int4, quantize_int4_unsigned, quantize_nvfp4
+// means: core/reference.py quantize_int4, quantize_int4_unsigned, quantize_nvfp4, quantize_int8
 struct Quantize {
   Codes kind;
   int64_t m, k, r;
   Floats x;       // [M, K]
   Floats smooth;  // [K]
   Floats down;    // [R, K]
-  float shift;    // added to x before smoothing, kUint4 only
+  float shift;    // added to x before smoothing, kUint4 and kInt8 only
   void* codes;    // [M, K]     int8 | uint8
-  void* scales;   // [M, G]     x's dtype, or e4m3
+  void* scales;   // [M, G]     x's dtype, e4m3, or fp32 [M]
   float* hidden;  // [M, R]
 };
 
@@ -105,6 +105,7 @@ struct Gemv {
 
 const char* quantize(const Quantize& args, const Launch& launch);
 const char* gemm(const Gemm& args, const Launch& launch);
+const char* gemm_int8(const GemmInt8& args, const Launch& launch);
 const char* gemv_awq(const Gemv& args, const Launch& launch);
 
 // Spellings this device can run, best first, separated by spaces.

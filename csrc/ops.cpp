@@ -119,9 +119,12 @@ std::tuple<Tensor, Tensor, Tensor> quantize_as(Codes kind, const Tensor& x, cons
   check_shape(smooth, "smooth", {k});
   TORCH_CHECK_VALUE(down.dim() == 2 && down.size(1) == k, "down: expected [R, ", k, "], got ", down.sizes());
   const int64_t r = down.size(0);
-  const bool e2m1 = kind == Codes::kE2M1;
-  Tensor codes = at::empty({m, k}, x.options().dtype(kind == Codes::kInt4 ? at::kChar : at::kByte));
-  Tensor scales = at::empty({m, k / group}, x.options().dtype(e2m1 ? at::kFloat8_e4m3fn : x.scalar_type()));
+  const bool eight_bits = kind == Codes::kInt8, is_signed = eight_bits || kind == Codes::kInt4;
+  const at::ScalarType scale_type = eight_bits                ? at::kFloat
+                                    : kind == Codes::kE2M1 ? at::kFloat8_e4m3fn
+                                                           : x.scalar_type();
+  Tensor codes = at::empty({m, k}, x.options().dtype(is_signed ? at::kChar : at::kByte));
+  Tensor scales = at::empty({m, eight_bits ? 1 : k / group}, x.options().dtype(scale_type));
   Tensor hidden = at::empty({m, r}, x.options().dtype(at::kFloat));
   if (m) {
     Tensor kept[3];
@@ -154,6 +157,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_int4_unsigned(const Tensor& x, const
 std::tuple<Tensor, Tensor, Tensor> quantize_nvfp4(const Tensor& x, const Tensor& smooth, const Tensor& down,
                                                   std::string spelling) {
   return quantize_as(Codes::kE2M1, x, smooth, down, 0.0, spelling);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_int8(const Tensor& x, const Tensor& smooth, const Tensor& down,
+                                                 double shift, std::string spelling) {
+  return quantize_as(Codes::kInt8, x, smooth, down, shift, spelling);
 }
 
 void check_packed(const Tensor& t) {
@@ -236,6 +244,55 @@ Tensor gemm_nvfp4(const Tensor& codes, const Tensor& scales, const Tensor& hidde
                  spelling);
 }
 
+void check_type(const Tensor& t, const char* name, at::ScalarType expected) {
+  TORCH_CHECK_VALUE(t.scalar_type() == expected, name, ": expected ", expected, ", got ", t.scalar_type());
+}
+
+Tensor gemm_int8_op(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
+                    const Tensor& weight_scales, const Tensor& up, const std::optional<Tensor>& bias,
+                    at::ScalarType dtype, std::string spelling) {
+  check_type(codes, "codes", at::kChar);
+  check_type(weight_codes, "weight_codes", at::kChar);
+  for (const auto& [name, t] : {std::pair{"scales", &scales}, {"hidden", &hidden}, {"weight_scales", &weight_scales}}) {
+    check_type(*t, name, at::kFloat);
+  }
+  TORCH_CHECK_VALUE(weight_codes.dim() == 2, "weight_codes: expected [N, K], got ", weight_codes.sizes());
+  check_device(codes, {{"scales", &scales},
+                       {"hidden", &hidden},
+                       {"weight_codes", &weight_codes},
+                       {"weight_scales", &weight_scales},
+                       {"up", &up},
+                       {"bias", if_any(bias, codes)}});
+  const OnDevice here(codes);
+  const int64_t m = codes.size(0), n = weight_codes.size(0), k = weight_codes.size(1), r = up.size(-1);
+  check_shape(codes, "codes", {m, k});
+  check_shape(scales, "scales", {m, 1});
+  check_shape(hidden, "hidden", {m, r});
+  check_shape(weight_scales, "weight_scales", {n, 1});
+  check_shape(up, "up", {n, r});
+  if (bias) check_shape(*bias, "bias", {n});
+  Tensor out = empty_output(m, n, dtype, hidden);
+  if (m == 0 || n == 0) return out;
+  Tensor kept[2];
+  const Tensor own[] = {codes.contiguous(), scales.contiguous(), hidden.contiguous(), weight_codes.contiguous(),
+                        weight_scales.contiguous()};
+  GemmInt8 args = {m,
+                   n,
+                   k,
+                   r,
+                   own[0].const_data_ptr<int8_t>(),
+                   own[1].const_data_ptr<float>(),
+                   own[2].const_data_ptr<float>(),
+                   own[3].const_data_ptr<int8_t>(),
+                   own[4].const_data_ptr<float>(),
+                   matrix(up, "up", kept[0]),
+                   {},
+                   output(out)};
+  if (bias) args.bias = vector(*bias, "bias", kept[1]);
+  check_launch(gemm_int8(args, launch(spelling)), spelling);
+  return out;
+}
+
 Tensor gemv_awq_op(const Tensor& x, const Tensor& weight_codes, const Tensor& weight_scales, const Tensor& zeros,
                    const std::optional<Tensor>& bias, at::ScalarType dtype, std::string spelling) {
   check_packed(weight_codes);
@@ -284,8 +341,10 @@ TORCH_LIBRARY_IMPL(svdquant, SVDQUANT_DEVICE, m) {
   m.impl("quantize_int4", quantize_int4);
   m.impl("quantize_int4_unsigned", quantize_int4_unsigned);
   m.impl("quantize_nvfp4", quantize_nvfp4);
+  m.impl("quantize_int8", quantize_int8);
   m.impl("gemm_int4", gemm_int4);
   m.impl("gemm_nvfp4", gemm_nvfp4);
+  m.impl("gemm_int8", gemm_int8_op);
   m.impl("gemv_awq", gemv_awq_op);
 }
 

@@ -207,6 +207,9 @@ void run_token(const Gemm& g, const Shape& shape, const Spelling& s, const CodeT
 }  // namespace
 }  // namespace cpu
 
+// torch's own product of the codes is what the CPU runs; see select.py.
+const char* gemm_int8(const GemmInt8&, const Launch&) { return "no 8-bit product is written for this processor"; }
+
 const char* gemm(const Gemm& args, const Launch& launch) {
   using namespace cpu;
   const Spelling* s = find(launch.spelling);

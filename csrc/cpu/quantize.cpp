@@ -63,6 +63,7 @@ class Quantizer {
 const char* quantize(const Quantize& args, const Launch& launch) {
   const cpu::Spelling* s = cpu::find(launch.spelling);
   if (!s) return "this processor has no such spelling";
+  if (args.kind == Codes::kInt8) return "8-bit activations are not written for this processor";
   const cpu::Quantizer quantizer(args, *s, launch);
   cpu::for_ranges(launch, cpu::ceil_div(args.m, cpu::kTokens), 1, [&](int64_t begin, int64_t end) {
     const int64_t last = end * cpu::kTokens;

@@ -13,7 +13,7 @@ enum class Product {
 
 // means: core/reference.py quantize_int4, quantize_int4_unsigned
 const char* quantize_int4(const Quantize& args, const Launch& launch);
-// The same with codes -127..127: activations for W4A8.
+// means: core/reference.py quantize_int8
 const char* quantize_int8(const Quantize& args, const Launch& launch);
 // means: core/reference.py quantize_nvfp4
 const char* quantize_nvfp4(const Quantize& args, const Launch& launch);
@@ -25,7 +25,9 @@ const char* gemm_int4_hopper(const Gemm& args, const Launch& launch);
 // means: core/reference.py gemm_nvfp4
 const char* gemm_nvfp4(const Gemm& args, const Launch& launch);
 
-// means: core/reference.py gemm_int8; sm_90a only
+// means: core/reference.py gemm_int8
+const char* gemm_int8(const GemmInt8& args, const Launch& launch);
+// The same; sm_90a only
 const char* gemm_int8_hopper(const GemmInt8& args, const Launch& launch);
 
 // means: core/reference.py gemv_awq

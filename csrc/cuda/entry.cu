@@ -12,7 +12,8 @@ bool is(const Launch& launch, const char* name) { return !std::strcmp(launch.spe
 }  // namespace
 
 const char* quantize(const Quantize& args, const Launch& launch) {
-  return args.kind == Codes::kE2M1 ? cuda::quantize_nvfp4(args, launch) : cuda::quantize_int4(args, launch);
+  if (args.kind == Codes::kE2M1) return cuda::quantize_nvfp4(args, launch);
+  return args.kind == Codes::kInt8 ? cuda::quantize_int8(args, launch) : cuda::quantize_int4(args, launch);
 }
 
 const char* gemm(const Gemm& args, const Launch& launch) {
@@ -23,6 +24,10 @@ const char* gemm(const Gemm& args, const Launch& launch) {
   return cuda::gemm_int4(args, narrow ? cuda::Product::kInt4 : cuda::Product::kInt8, launch);
 }
 
+const char* gemm_int8(const GemmInt8& args, const Launch& launch) {
+  return is(launch, "wgmma_s8") ? cuda::gemm_int8_hopper(args, launch) : cuda::gemm_int8(args, launch);
+}
+
 const char* gemv_awq(const Gemv& args, const Launch& launch) { return cuda::gemv_awq(args, launch); }
 
 // Best first.
@@ -30,7 +35,7 @@ const char* spellings() {
   const int arch = cuda::device_arch();
   if (arch < 75) return "";
   if (arch < 80) return "mma_sm75 mma_s8 mma_f16 gemv";
-  if (arch == 90) return "wgmma_e4m3 mma_s8 mma_f16 gemv";
+  if (arch == 90) return "wgmma_e4m3 wgmma_s8 mma_s8 mma_f16 gemv";
   return arch < 90 ? "mma_s4 mma_s8 mma_f16 gemv" : "mma_s8 mma_f16 gemv";
 }
 

@@ -1,4 +1,5 @@
-// What follows the 4-bit sums: the low-rank branch, the bias, and the one rounding to the output's type.
+// What follows the sums: the low-rank branch, the bias, and the one rounding to the output's type. Args is Gemm or
+// GemmInt8, which name alike what this needs of them.
 //
 // The branch's hidden values are fp32, tensor cores take 16 bits: each number v is split into two, high = round(v) and
 // low = round(v - high), and the products of high with high, low with high and, where `up` has more bits than one half
@@ -67,8 +68,8 @@ __device__ __forceinline__ void multiply_ranks(const Place<T>& place, const char
 }
 
 // 16 ranks of the block's rows of hidden and of up: [kM][16] high halves, as many low ones, then [kN][16] twice.
-template <class T>
-__device__ __forceinline__ void stage_ranks(const Gemm& p, const Place<T>& place, int64_t rank0, char* memory) {
+template <class T, class Args>
+__device__ __forceinline__ void stage_ranks(const Args& p, const Place<T>& place, int64_t rank0, char* memory) {
   constexpr int kPairs = kRanks / 2;
 #pragma unroll 2
   for (int i = threadIdx.x; i < (T::kM + T::kN) * kPairs; i += T::kThreads) {
@@ -89,8 +90,8 @@ __device__ __forceinline__ void stage_ranks(const Gemm& p, const Place<T>& place
 }
 
 // sums += hidden x up^T. The pipeline's memory is free by now.
-template <class T>
-__device__ __forceinline__ void add_branch(const Gemm& p, const Place<T>& place, Sums<T>& sums) {
+template <class T, class Args>
+__device__ __forceinline__ void add_branch(const Args& p, const Place<T>& place, Sums<T>& sums) {
   char* memory = shared_memory();
   const bool low_up = p.up.dtype != (kHasBf16 ? DType::kBF16 : DType::kF16);
   for (int64_t rank0 = 0; rank0 < p.r; rank0 += kRanks) {
@@ -119,8 +120,8 @@ __device__ __forceinline__ void store_pair(const Output& out, int64_t row, int64
 }
 
 // out = sums + bias.
-template <class T>
-__device__ __forceinline__ void store_sums(const Gemm& p, const Place<T>& place, const Sums<T>& sums) {
+template <class T, class Args>
+__device__ __forceinline__ void store_sums(const Args& p, const Place<T>& place, const Sums<T>& sums) {
   const Floats& bias = p.bias;
 #pragma unroll
   for (int j = 0; j < T::kNs; ++j) {

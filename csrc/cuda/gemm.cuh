@@ -1,4 +1,4 @@
-// What the W4A4 products share: how a block and its warps divide the output, the pipeline, the epilogue.
+// What the products share: how a block and its warps divide the output, the pipeline, the epilogue.
 //
 //     out [M, N] = codes [M, K] x weights [N, K]^T, in steps of 64 columns
 //
@@ -49,8 +49,8 @@ struct Place {
   int64_t row0, column0;  // of the block
   int warp_row, warp_column, g, t;
 
-  __device__ explicit Place(const Gemm& p) {
-    const int warp = threadIdx.x / 32, row_blocks = static_cast<int>(ceil_div(p.m, T::kM));
+  __device__ explicit Place(int64_t m) {
+    const int warp = threadIdx.x / 32, row_blocks = static_cast<int>(ceil_div(m, T::kM));
     row0 = static_cast<int64_t>(blockIdx.x % row_blocks) * T::kM;
     column0 = static_cast<int64_t>(blockIdx.x / row_blocks) * T::kN;
     warp_row = warp / T::kWarpsN * T::kWarpM;

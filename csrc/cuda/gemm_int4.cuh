@@ -170,7 +170,7 @@ constexpr int kBlocksAtOnce = SVDQUANT_ARCH == 80 || SVDQUANT_ARCH == 90 || SVDQ
 template <class T, class P>
 __global__ void __launch_bounds__(T::kThreads, kBlocksAtOnce) gemm_int4_kernel(Gemm p) {
   if constexpr (P::kExists) {
-    const Place<T> place(p);
+    const Place<T> place(p.m);
     Int4Loop<T, P> loop(p, place);
     run_pipeline(loop, loop.groups);
     add_branch<T>(p, place, loop.sums);

@@ -131,7 +131,7 @@ struct NvFp4Loop {
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 2) gemm_nvfp4_kernel(Gemm p) {
-  const Place<T> place(p);
+  const Place<T> place(p.m);
   NvFp4Loop<T> loop(p, place);
   run_pipeline(loop, ceil_div(p.k, kStep));
   loop.multiply_second_scale();

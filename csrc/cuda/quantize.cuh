@@ -41,17 +41,59 @@ struct Lane {
   __device__ Lane() : warp(threadIdx.x / 32), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {}
 };
 
-// round_T(round_T(x + shift) / smooth).
-__device__ __forceinline__ void smooth_act(const Quantize& q, DType dtype, int64_t column, const float (&x)[kColumns],
-                                           float (&xs)[kColumns]) {
-  float smooth[kColumns];
-  load_floats(q.smooth.data, q.smooth.dtype, column, smooth);
+// What a lane reads at a time: 16 columns of token g and of token g + 8, zeros where there are none. kX is the type of x
+// and of down, or kF32 for any pair of types.
+template <DType kX>
+struct Piece {
+  static constexpr bool kTensor = kX != DType::kF32;
+
+  int64_t token[2], column;
+  bool exists[2];
+  DType dtype;
+  unsigned words[2][kTensor ? kColumns / 2 : kColumns] = {};  // as stored, two columns a word; or fp32
+
+  __device__ __forceinline__ Piece(const Quantize& q, int64_t token0, int64_t column0, const Lane& lane)
+      : column(column0 + lane.t * kColumns), dtype(kTensor ? kX : q.x.dtype) {
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    const float shifted = q.kind == Codes::kUint4 ? round_to(add(x[i], q.shift), dtype) : x[i];
-    xs[i] = round_to(divide(shifted, smooth[i]), dtype);
+    for (int half = 0; half < 2; ++half) {
+      token[half] = token0 + lane.g + 8 * half;
+      exists[half] = token[half] < q.m && column < q.k;
+    }
   }
-}
+
+  // One token's; each when it is wanted, for the sake of registers.
+  __device__ __forceinline__ void read(const Quantize& q, int half) {
+    if (!exists[half]) return;
+    const int64_t at = token[half] * q.x.stride + column;
+    if constexpr (kTensor) {
+      load_words<2 * kColumns>(static_cast<const unsigned short*>(q.x.data) + at, words[half]);
+    } else {
+      float v[kColumns];
+      load_floats(q.x.data, dtype, at, v);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) words[half][i] = as_bits(v[i]);
+    }
+  }
+
+  __device__ __forceinline__ float value(int half, int i) const {
+    if constexpr (kTensor) {
+      return i % 2 ? high_half(words[half][i / 2], kX) : low_half(words[half][i / 2], kX);
+    } else {
+      return as_float(words[half][i]);
+    }
+  }
+
+  // round_T(round_T(x + shift) / smooth), zeros where there are none.
+  __device__ __forceinline__ void smooth(const Quantize& q, int half, float (&xs)[kColumns]) const {
+    float by[kColumns];
+    if (exists[half]) load_floats(q.smooth.data, q.smooth.dtype, column, by);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const float x = value(half, i), shifted = q.shift != 0.0f ? round_to(add(x, q.shift), dtype) : x;
+      xs[i] = exists[half] ? round_to(divide(shifted, by[i]), dtype) : 0.0f;
+    }
+  }
+};
 
 // The largest |v| as bits: the order of non-negative floats is that of their bits, and a NaN is above everything, so
 // that it reaches the scale and is seen.
@@ -77,17 +119,19 @@ __device__ __forceinline__ void store_codes(const Quantize& q, int64_t token, in
   st_global(to, uint4{words[0], words[1], words[2], words[3]});
 }
 
-// Integers: four lanes share a group, whether or not their token exists.
-__device__ __forceinline__ void encode_int(const QuantizeParams& p, DType dtype, int64_t token, int64_t column,
-                                           bool exists, const float (&xs)[kColumns]) {
-  unsigned most = largest(xs);
+// Of the four lanes of a token, whether or not it exists.
+__device__ __forceinline__ unsigned largest_of_four(unsigned most) {
 #pragma unroll
   for (int mask = 1; mask <= 2; mask *= 2) {
     const unsigned other = shuffle_xor(most, mask);
     most = other > most ? other : most;
   }
-  if (!exists) return;
-  const float alpha = multiply(as_float(most), p.inverse), divisor = alpha == 0.0f ? 1.0f : alpha;
+  return most;
+}
+
+__device__ __forceinline__ void encode_int(const QuantizeParams& p, int64_t token, int64_t column, float alpha,
+                                           const float (&xs)[kColumns]) {
+  const float divisor = alpha == 0.0f ? 1.0f : alpha;
   unsigned codes[kColumns];
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
@@ -95,6 +139,15 @@ __device__ __forceinline__ void encode_int(const QuantizeParams& p, DType dtype,
     codes[i] = static_cast<unsigned>(static_cast<int>(code < p.low ? p.low : code > p.high ? p.high : code));
   }
   store_codes(p.args, token, column, codes);
+}
+
+// Integers: four lanes share a group.
+__device__ __forceinline__ void encode_int_group(const QuantizeParams& p, DType dtype, int64_t token, int64_t column,
+                                                 bool exists, const float (&xs)[kColumns]) {
+  const unsigned most = largest_of_four(largest(xs));
+  if (!exists) return;
+  const float alpha = multiply(as_float(most), p.inverse);
+  encode_int(p, token, column, alpha, xs);
   if (column % kChunk == 0) store_one(p.args.scales, dtype, token * (p.args.k / kChunk) + column / kChunk, alpha);
 }
 
@@ -125,15 +178,15 @@ template <DType kX, int kRank>
 struct TensorHidden {
   float sums[kRank / 8][4] = {};
 
-  // x: the words of token g and of token g + 8, two columns a word.
-  __device__ __forceinline__ void add_chunk(const Quantize& q, int rank0, int64_t column, const Lane& lane,
-                                            const unsigned (&x)[2][kColumns / 2]) {
+  __device__ __forceinline__ void add_chunk(const Quantize& q, int rank0, const Lane& lane, const Piece<kX>& piece) {
+    const unsigned(&x)[2][kColumns / 2] = piece.words;
 #pragma unroll
     for (int j = 0; j < kRank / 8; ++j) {
       const int64_t r = rank0 + 8 * j + lane.g;
       unsigned d[kColumns / 2] = {};
-      if (r < q.r && column < q.k) {
-        load_words<2 * kColumns>(static_cast<const unsigned short*>(q.down.data) + r * q.down.stride + column, d);
+      if (r < q.r && piece.column < q.k) {
+        const unsigned short* down = static_cast<const unsigned short*>(q.down.data);
+        load_words<2 * kColumns>(down + r * q.down.stride + piece.column, d);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -164,17 +217,17 @@ template <int kRank>
 struct ScalarHidden {
   float sums[2][kRank] = {};
 
-  __device__ __forceinline__ void add_chunk(const Quantize& q, int rank0, int64_t column,
-                                            const float (&x)[2][kColumns]) {
+  __device__ __forceinline__ void add_chunk(const Quantize& q, int rank0, const Lane&,
+                                            const Piece<DType::kF32>& piece) {
 #pragma unroll
     for (int j = 0; j < kRank; ++j) {
-      if (rank0 + j >= q.r || column >= q.k) continue;
+      if (rank0 + j >= q.r || piece.column >= q.k) continue;
       float d[kColumns];
-      load_floats(q.down.data, q.down.dtype, (rank0 + j) * q.down.stride + column, d);
+      load_floats(q.down.data, q.down.dtype, (rank0 + j) * q.down.stride + piece.column, d);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
-        sums[0][j] = fused_multiply_add(x[0][i], d[i], sums[0][j]);
-        sums[1][j] = fused_multiply_add(x[1][i], d[i], sums[1][j]);
+        sums[0][j] = fused_multiply_add(piece.value(0, i), d[i], sums[0][j]);
+        sums[1][j] = fused_multiply_add(piece.value(1, i), d[i], sums[1][j]);
       }
     }
   }
@@ -194,10 +247,13 @@ struct ScalarHidden {
   }
 };
 
+template <DType kX, int kRank>
+using Hidden = std::conditional_t<kX != DType::kF32, TensorHidden<kX, kRank>, ScalarHidden<kRank>>;
+
 // Add the warps' sums in their order, and write what exists.
-template <int kRank, class Hidden>
+template <DType kX, int kRank>
 __device__ __forceinline__ void reduce_hidden(const Quantize& q, int64_t token0, int rank0, const Lane& lane,
-                                              const Hidden& hidden) {
+                                              const Hidden<kX, kRank>& hidden) {
   float* total = reinterpret_cast<float*>(shared_memory());
   for (int warp = 0; warp < kWarps; ++warp) {
     if (lane.warp == warp) {
@@ -214,51 +270,35 @@ __device__ __forceinline__ void reduce_hidden(const Quantize& q, int64_t token0,
   }
 }
 
+// Two blocks an SM, where the sums leave room for two.
+constexpr int blocks_at_once(int rank) { return rank > 32 ? 1 : 2; }
+
 // blockIdx.x counts 16 tokens, blockIdx.y chunks of kRank ranks; the first of those writes codes and scales.
-// kX is the type of x and of down, or kF32 for any pair of types. Two blocks an SM, where the sums leave room for two.
 template <DType kX, bool kE2M1, int kRank>
-__global__ void __launch_bounds__(32 * kWarps, kRank > 32 ? 1 : 2) quantize_kernel(QuantizeParams p) {
-  constexpr bool kTensor = kX != DType::kF32;
+__global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kRank)) quantize_kernel(QuantizeParams p) {
   const Quantize& q = p.args;
-  const DType dtype = kTensor ? kX : q.x.dtype;
   const Lane lane;
   const int64_t token0 = static_cast<int64_t>(blockIdx.x) * kTokens;
   const int rank0 = static_cast<int>(blockIdx.y) * kRank;
-  std::conditional_t<kTensor, TensorHidden<kX, kRank>, ScalarHidden<kRank>> hidden;
+  Hidden<kX, kRank> hidden;
 
   for (int64_t column0 = lane.warp * kChunk; column0 < q.k; column0 += kWarps * kChunk) {
-    const int64_t column = column0 + lane.t * kColumns;
-    float x[2][kColumns] = {};
-    unsigned words[2][kColumns / 2] = {};
+    Piece<kX> piece(q, token0, column0, lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t token = token0 + lane.g + 8 * half, at = token * q.x.stride + column;
-      const bool exists = token < q.m && column < q.k;
-      if constexpr (kTensor) {
-        if (exists) load_words<2 * kColumns>(static_cast<const unsigned short*>(q.x.data) + at, words[half]);
-        split_halves(words[half], kX, x[half]);
+      piece.read(q, half);
+      if (blockIdx.y) continue;
+      float xs[kColumns];
+      piece.smooth(q, half, xs);
+      if constexpr (kE2M1) {
+        encode_e2m1(p, piece.token[half], piece.column, piece.exists[half], xs);
       } else {
-        if (exists) load_floats(q.x.data, dtype, at, x[half]);
-      }
-      if (blockIdx.y == 0) {
-        float xs[kColumns] = {};
-        if (exists) smooth_act(q, dtype, column, x[half], xs);
-        if constexpr (kE2M1) {
-          encode_e2m1(p, token, column, exists, xs);
-        } else {
-          encode_int(p, dtype, token, column, exists, xs);
-        }
+        encode_int_group(p, piece.dtype, piece.token[half], piece.column, piece.exists[half], xs);
       }
     }
-    if (rank0 < q.r) {
-      if constexpr (kTensor) {
-        hidden.add_chunk(q, rank0, column, lane, words);
-      } else {
-        hidden.add_chunk(q, rank0, column, x);
-      }
-    }
+    if (rank0 < q.r) hidden.add_chunk(q, rank0, lane, piece);
   }
-  if (rank0 < q.r) reduce_hidden<kRank>(q, token0, rank0, lane, hidden);
+  if (rank0 < q.r) reduce_hidden<kX, kRank>(q, token0, rank0, lane, hidden);
 }
 
 template <DType kX, bool kE2M1, int kRank>
@@ -274,16 +314,27 @@ const char* choose_rank(const QuantizeParams& p, const Launch& launch) {
   return p.args.r > 32 ? run_quantize<kX, kE2M1, 128>(p, launch) : run_quantize<kX, kE2M1, 32>(p, launch);
 }
 
+// Why a quantizer cannot run, or nullptr.
+inline const char* refuse(const Quantize& q) {
+  if (q.x.dtype == DType::kE4M3) return "activations must be fp32, bf16 or fp16";
+  if (q.smooth.stride != 1) return "smooth must be contiguous";
+  if (!is_aligned(q.codes, 16)) return "codes must begin at a multiple of 16 bytes";
+  return nullptr;
+}
+
+// The type of x and of down where tensor cores take both, else kF32.
+inline DType tensor_type(const Quantize& q) {
+  const bool same = q.down.dtype == q.x.dtype || q.r == 0, has_bf16 = device_arch() >= 80;
+  return same && (q.x.dtype == DType::kF16 || (q.x.dtype == DType::kBF16 && has_bf16)) ? q.x.dtype : DType::kF32;
+}
+
 template <bool kE2M1>
 const char* choose_quantize(const QuantizeParams& p, const Launch& launch) {
-  const DType x = p.args.x.dtype;
   if (p.args.m == 0) return nullptr;
-  if (x == DType::kE4M3) return "activations must be fp32, bf16 or fp16";
-  if (p.args.smooth.stride != 1) return "smooth must be contiguous";
-  if (!is_aligned(p.args.codes, 16)) return "codes must begin at a multiple of 16 bytes";
-  const bool same = p.args.down.dtype == x || p.args.r == 0;
-  if (same && x == DType::kF16) return choose_rank<DType::kF16, kE2M1>(p, launch);
-  if (same && x == DType::kBF16 && device_arch() >= 80) return choose_rank<DType::kBF16, kE2M1>(p, launch);
+  if (const char* problem = refuse(p.args)) return problem;
+  const DType type = tensor_type(p.args);
+  if (type == DType::kF16) return choose_rank<DType::kF16, kE2M1>(p, launch);
+  if (type == DType::kBF16) return choose_rank<DType::kBF16, kE2M1>(p, launch);
   return run_quantize<DType::kF32, kE2M1, 16>(p, launch);
 }
 

@@ -1,4 +1,4 @@
-// int4 activations, signed and unsigned, and int8 by the same groups of 64 for the mode with 8-bit activations.
+// int4 activations, signed and unsigned.
 #include "cuda_launch.h"
 #include "quantize.cuh"
 
@@ -7,10 +7,6 @@ namespace svdquant::cuda {
 const char* quantize_int4(const Quantize& args, const Launch& launch) {
   const QuantizeParams is_signed = {args, 1.0f / 7, -8, 7}, is_unsigned = {args, 1.0f / 15, 0, 15};
   return choose_quantize<false>(args.kind == Codes::kUint4 ? is_unsigned : is_signed, launch);
-}
-
-const char* quantize_int8(const Quantize& args, const Launch& launch) {
-  return choose_quantize<false>({args, 1.0f / 127, -127, 127}, launch);
 }
 
 }  // namespace svdquant::cuda

@@ -30,8 +30,10 @@ SCHEMAS = (
     f"quantize_int4({_ACTS}, str spelling) -> {_QUANTIZED}",
     f"quantize_int4_unsigned({_ACTS}, float shift, str spelling) -> {_QUANTIZED}",
     f"quantize_nvfp4({_ACTS}, str spelling) -> {_QUANTIZED}",
+    f"quantize_int8({_ACTS}, float shift, str spelling) -> {_QUANTIZED}",
     f"gemm_int4({_CODES}, Tensor up, {_OUTPUT}",
     f"gemm_nvfp4({_CODES}, Tensor second_scale, Tensor up, {_OUTPUT}",
+    f"gemm_int8({_CODES}, Tensor up, {_OUTPUT}",
     f"gemv_awq(Tensor x, Tensor weight_codes, Tensor weight_scales, Tensor zeros, {_OUTPUT}",
 )
 library = torch.library.Library("svdquant", "FRAGMENT")
@@ -40,11 +42,11 @@ library = torch.library.Library("svdquant", "FRAGMENT")
 # ---- what torch.compile sees: shapes and dtypes of the results ----
 
 
-def _fake_quantize(x: Tensor, down: Tensor, group: int, codes: torch.dtype, scales: torch.dtype):
+def _fake_quantize(x: Tensor, down: Tensor, group: int | None, codes: torch.dtype, scales: torch.dtype):
     m, k = x.shape
     return (
         x.new_empty(m, k, dtype=codes),
-        x.new_empty(m, k // group, dtype=scales),
+        x.new_empty(m, k // group if group else 1, dtype=scales),
         x.new_empty(m, down.shape[0], dtype=torch.float32),
     )
 
@@ -66,8 +68,12 @@ _FAKES = {
     "quantize_nvfp4": lambda x, s, down, spelling: _fake_quantize(
         x, down, 16, torch.uint8, torch.float8_e4m3fn
     ),
+    "quantize_int8": lambda x, s, down, shift, spelling: _fake_quantize(
+        x, down, None, torch.int8, torch.float32
+    ),
     "gemm_int4": _fake_gemm,
     "gemm_nvfp4": _fake_gemm,
+    "gemm_int8": _fake_gemm,
     "gemv_awq": _fake_gemv,
 }
 
@@ -228,7 +234,9 @@ class OpSet:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """int8 activations of x + shift, one scale a token; see core.reference.quantize_int8."""
         spelling = self._choose("quantize_int8", x, x.dtype)
-        return PLAIN[spelling].quantize_int8(x, smooth, down, shift)
+        if spelling in PLAIN:
+            return PLAIN[spelling].quantize_int8(x, smooth, down, shift)
+        return torch.ops.svdquant.quantize_int8(x, smooth, down, shift, spelling)
 
     def gemm_int4(
         self,
@@ -274,8 +282,12 @@ class OpSet:
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """W8A8 GEMM with branch and bias; see core.reference.gemm_int8."""
-        spelling = self._choose_gemm("gemm_int8", codes, scales, weights, dtype)
-        return PLAIN[spelling].gemm_int8(codes, scales, hidden, weights, dtype=dtype)
+        w, spelling = weights, self._choose_gemm("gemm_int8", codes, scales, weights, dtype)
+        if spelling in PLAIN:
+            return PLAIN[spelling].gemm_int8(codes, scales, hidden, w, dtype=dtype)
+        return torch.ops.svdquant.gemm_int8(
+            codes, scales, hidden, w.codes, w.scales, w.up, w.bias, dtype, spelling
+        )
 
     def gemv_awq(self, x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """W4A16 product with the bias; see core.reference.gemv_awq."""

@@ -38,7 +38,7 @@ COMPILER = shutil.which("g++")
 SOURCES = tuple(sorted(CUDA.glob("*.cu")))
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
-KINDS = {"int4": 0, "int4-unsigned": 1, "nvfp4": 2}
+KINDS = {"int4": 0, "int4-unsigned": 1, "nvfp4": 2, "int8": 3}
 
 
 class KernelError(RuntimeError):
@@ -74,6 +74,13 @@ Gemm = _struct(
     **dict.fromkeys(("weight_scales", "second_scale", "up", "bias"), Floats),
     out=Output,
 )
+GemmInt8 = _struct(
+    "GemmInt8",
+    **dict.fromkeys("mnkr", _SIZE),
+    **dict.fromkeys(("codes", "scales", "hidden", "weight_codes", "weight_scales"), _POINTER),
+    **dict.fromkeys(("up", "bias"), Floats),
+    out=Output,
+)
 Gemv = _struct(
     "Gemv",
     **dict.fromkeys(("m", "n", "k", "group"), _SIZE),
@@ -82,7 +89,7 @@ Gemv = _struct(
     **dict.fromkeys(("weight_scales", "zeros", "bias"), Floats),
     out=Output,
 )
-STRUCTS = (Floats, Quantize, Gemm, Gemv)
+STRUCTS = (Floats, Quantize, Gemm, GemmInt8, Gemv)
 
 
 @functools.cache
@@ -122,12 +129,14 @@ class Kernels:
     backwards: bool = False
 
     def quantize(
-        self, kind: str, x: Tensor, smooth: Tensor, down: Tensor, *, shift: float = 0.0, bits: int = 4
+        self, kind: str, x: Tensor, smooth: Tensor, down: Tensor, *, shift: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As core.reference.quantize_*; 8 bits are the mode that no reference function has."""
+        """As core.reference.quantize_*."""
         (m, k), r = x.shape, down.shape[0]
-        group, dtype = (16, torch.float8_e4m3fn) if kind == "nvfp4" else (64, x.dtype)
-        codes = _poisoned(m, k, dtype=torch.int8 if kind == "int4" else torch.uint8)
+        group, dtype = {"nvfp4": (16, torch.float8_e4m3fn), "int8": (k, torch.float32)}.get(
+            kind, (64, x.dtype)
+        )
+        codes = _poisoned(m, k, dtype=torch.int8 if kind in ("int4", "int8") else torch.uint8)
         scales, hidden = _poisoned(m, k // group, dtype=dtype), _poisoned(m, r, dtype=torch.float32)
         args = Quantize(
             KINDS[kind],
@@ -138,8 +147,12 @@ class Kernels:
             shift,
             *map(_data, (codes, scales, hidden)),
         )
-        name = "quantize_nvfp4" if kind == "nvfp4" else f"quantize_int{bits}"
-        self._call(name, args, read=(x, smooth, down), written=(codes, scales, hidden))
+        self._call(
+            f"quantize_{kind.partition('-')[0]}",
+            args,
+            read=(x, smooth, down),
+            written=(codes, scales, hidden),
+        )
         return codes, scales, hidden
 
     def gemm(
@@ -164,6 +177,24 @@ class Kernels:
         args = Gemm(KINDS[kind], m, n, k, w.rank, *pointers, *factors, _output(out))
         read = (codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias)
         self._call(f"gemm_by_{product}", args, read=read, written=(out,))
+        return out
+
+    def gemm_int8(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """As core.reference.gemm_int8."""
+        (m, k), n, w = codes.shape, weights.out_features, weights
+        out = _poisoned(m, n, dtype=dtype)
+        read = (codes, scales, hidden, w.codes, w.scales, w.up, w.bias)
+        factors = _floats(w.up), _floats(w.bias)
+        args = GemmInt8(m, n, k, w.rank, *map(_data, read[:5]), *factors, _output(out))
+        self._call("gemm_w8a8", args, read=read, written=(out,))
         return out
 
     def gemv(self, x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -260,6 +291,22 @@ class EmulatedOps:
     ) -> Tensor:
         return self._kernels().gemm("", "nvfp4", codes, scales, hidden, weights, dtype=dtype)
 
+    def quantize_int8(
+        self, x: Tensor, smooth: Tensor, down: Tensor, shift: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._kernels().quantize("int8", x, smooth, down, shift=shift)
+
+    def gemm_int8(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        return self._kernels().gemm_int8(codes, scales, hidden, weights, dtype=dtype)
+
     def gemv_awq(self, x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._kernels().gemv(x, weights, dtype=dtype)
 
@@ -271,5 +318,5 @@ class Entered(Kernels):
     spelling: str = ""
 
     def _call(self, name: str, *args: object, **tensors: tuple[Tensor | None, ...]) -> None:
-        entry = f"enter_{name.partition('_')[0]}"
+        entry = "enter_gemm_w8a8" if name == "gemm_w8a8" else f"enter_{name.partition('_')[0]}"
         super()._call(entry, self.spelling.encode(), *args, **tensors)

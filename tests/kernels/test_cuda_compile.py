@@ -34,8 +34,10 @@ INSTRUCTIONS = {
     | on(NARROW, "IMMA.16864.S4.S4", "IMMA.16864.U4.S4")
     | on(TURING, "IMMA.8832.S4.S4", "IMMA.8832.U4.S4"),
     "gemm_int4_wide.cu": on(EVERYWHERE_ELSE, "IMMA.16832.S8.S8") | on(TURING, "IMMA.8816.S8.S8"),
+    "gemm_w8a8.cu": on(EVERYWHERE_ELSE, "IMMA.16832.S8.S8") | on(TURING, "IMMA.8816.S8.S8"),
     "gemm_nvfp4.cu": on(EVERYWHERE_ELSE, "HMMA.16816.F32") | on(TURING, "HMMA.1688.F32"),
     "quantize_int.cu": HALVES,
+    "quantize_int8.cu": HALVES,
     "quantize_nvfp4.cu": HALVES,
     "gemv_awq.cu": on(CARDS),
     "hopper_w8a8.cu": on(CARDS) | on(HOPPER, *(f"IGMMA.64x{n}x32.S8.S8" for n in (256, 192, 128, 96))),

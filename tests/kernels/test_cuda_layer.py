@@ -19,12 +19,12 @@ SPELLINGS = {"mma_s4": 80, "mma_s8": 90, "mma_sm75": 75}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", [*layers.FORMATS, *layers.EIGHT_BITS])
 @pytest.mark.parametrize(("spelling", "arch"), SPELLINGS.items(), ids=SPELLINGS)
 def test_layer(spelling, arch, name, dtype):
     weights = layers.random_linear(name, 72, 192, 24, dtype=dtype)
     x = layers.random(19, 192, seed=8, dtype=dtype)
-    if name == "int4-unsigned":
+    if name.endswith("unsigned"):
         x = torch.nn.functional.gelu(x.float(), approximate="tanh").to(dtype)
     got = linear.linear(x, weights, EmulatedOps(arch, spelling))
     assert_close(got, linear.linear(x, weights, reference), "split_branch")

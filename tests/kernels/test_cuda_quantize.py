@@ -13,7 +13,7 @@ from svdquant_nodes.tests.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
 
-KINDS = ["int4", "int4-unsigned", "nvfp4"]
+KINDS = ["int4", "int4-unsigned", "nvfp4", "int8", "int8-unsigned"]
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = {  # M, K, R
     "m=1-one-token": (1, 64, 16),
@@ -29,24 +29,29 @@ SHAPES = {  # M, K, R
 
 def inputs(kind, m, k, r, dtype):
     x = layers.random(m, k, seed=1, dtype=dtype)
-    if kind == "int4-unsigned":
+    if kind.endswith("unsigned"):
         x = torch.nn.functional.gelu(x.float(), approximate="tanh").to(dtype)
     smooth = (layers.random(k, seed=2, dtype=torch.float32).abs() + 0.1).to(dtype)
     return x, smooth, layers.random(r, k, seed=3, dtype=dtype)
 
 
+def shift_of(kind):
+    return GELU_SHIFT if kind.endswith("unsigned") else 0.0
+
+
 def expected(kind, x, smooth, down):
     if kind == "nvfp4":
         return reference.quantize_nvfp4(x, smooth, down)
+    if kind.startswith("int8"):
+        return reference.quantize_int8(x, smooth, down, shift_of(kind))
     if kind == "int4-unsigned":
         return reference.quantize_int4_unsigned(x, smooth, down, GELU_SHIFT)
     return reference.quantize_int4(x, smooth, down)
 
 
 def emulate(kind, x, smooth, down, arch=80, **how):
-    return Kernels(arch, **how).quantize(
-        kind, x, smooth, down, shift=GELU_SHIFT if kind == "int4-unsigned" else 0.0
-    )
+    name = "int8" if kind.startswith("int8") else kind
+    return Kernels(arch, **how).quantize(name, x, smooth, down, shift=shift_of(kind))
 
 
 def check(got, want):
@@ -63,16 +68,25 @@ def test_quantize(kind, dtype, m, k, r):
     check(emulate(kind, *args), expected(kind, *args))
 
 
+@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize("k", [16, 48, 592], ids="k={}".format)
+def test_int8_of_columns_that_fill_no_chunk(k, dtype):
+    """What NVFP4 layers have: multiples of 16."""
+    args = inputs("int8-unsigned", 18, k, 24, dtype)
+    check(emulate("int8-unsigned", *args), expected("int8-unsigned", *args))
+
+
 CARDS = {"sm75": 75, "sm80": 80, "sm90": 90}
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["in-order", "backwards"])
 @pytest.mark.parametrize("arch", CARDS.values(), ids=CARDS)
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
-def test_every_card_and_order_of_warps(arch, dtype, backwards):
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_every_card_and_order_of_warps(kind, arch, dtype, backwards):
     """Turing has no bf16 products, and another fp16 one."""
-    args = inputs("int4", 19, 640, 40, dtype)
-    check(emulate("int4", *args, arch=arch, backwards=backwards), expected("int4", *args))
+    args = inputs(kind, 19, 640, 40, dtype)
+    check(emulate(kind, *args, arch=arch, backwards=backwards), expected(kind, *args))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,11 +100,12 @@ def test_activations_and_weights_of_two_types(kind, x_type, w_type):
 
 @pytest.mark.parametrize("offset", [0, 1, 4, 8], ids="starts-at-column-{}".format)
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
-def test_columns_of_a_wider_matrix(dtype, offset):
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_columns_of_a_wider_matrix(kind, dtype, offset):
     """A host layer's slice: rows apart, and at addresses that forbid wide loads."""
-    wide, smooth, down = inputs("int4", 17, 256, 16, dtype)
+    wide, smooth, down = inputs(kind, 17, 256, 16, dtype)
     args = wide[:, offset : offset + 192], smooth[:192].clone(), down[:, offset : offset + 192]
-    check(emulate("int4", *args), expected("int4", *args))
+    check(emulate(kind, *args), expected(kind, *args))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,21 +122,12 @@ def test_zeros_ties_and_extremes(kind, dtype):
     check(emulate(kind, *args), expected(kind, *args))
 
 
-@pytest.mark.parametrize("kind", ["int4", "nvfp4"])
+@pytest.mark.parametrize("kind", ["int4", "nvfp4", "int8"])
 def test_nan_reaches_the_scale(kind):
     x, smooth, down = inputs(kind, 2, 64, 0, torch.bfloat16)
     x[1, 3] = float("nan")
     scales = emulate(kind, x, smooth, down)[1].float()
     assert scales[0].isfinite().all() and scales[1, 0].isnan()
-
-
-def test_eight_bits():
-    x, smooth, down = inputs("int4", 17, 192, 16, torch.bfloat16)
-    codes, scales, _ = Kernels(80).quantize("int4", x, smooth, down, bits=8)
-    xs = reference.smooth_act(x, smooth).float().unflatten(-1, (-1, 64))
-    alpha = xs.abs().amax(-1) * torch.tensor(1 / 127)
-    assert torch.equal(codes, (xs / alpha.unsqueeze(-1)).round().flatten(-2).to(torch.int8))
-    assert torch.equal(scales, alpha.bfloat16())
 
 
 def test_refuses_what_it_cannot_read():

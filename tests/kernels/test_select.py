@@ -15,7 +15,7 @@ TURING, AMPERE, ADA, H100, BLACKWELL = (
 )
 UNPROVEN = Device("cuda", capability=(9, 0), distrusted=frozenset({"wgmma_e4m3"}))
 BROKEN = Device("cuda", capability=(8, 9), missing="the self-test failed")
-INT4 = Request("gemm_int4", "bfloat16")
+INT4, INT8 = Request("gemm_int4", "bfloat16"), Request("gemm_int8", "bfloat16")
 
 CHOICES = {  # device, request, spelling
     "best-of-three": (X86, INT4, "avx512"),
@@ -47,6 +47,11 @@ CHOICES = {  # device, request, spelling
     "nvfp4-on-blackwell": (BLACKWELL, Request("gemm_nvfp4", "bfloat16"), "mma_f16"),
     "awq-on-a-gpu": (ADA, Request("gemv_awq", "bfloat16"), "gemv"),
     "fp32-on-a-gpu": (ADA, Request("quantize_int4", "float32"), "mma_s4"),
+    "int8-on-turing": (TURING, INT8, "mma_s8"),
+    "int8-on-ampere": (AMPERE, INT8, "mma_s8"),
+    "int8-on-hopper": (H100, INT8, "wgmma_s8"),
+    "int8-on-hopper-by-mma": (H100, Request("gemm_int8", "bfloat16", wanted="mma_s8"), "mma_s8"),
+    "int8-on-a-cpu": (X86, INT8, "reference"),
     "gpu-that-may-not": (BROKEN, INT4, "weight_only"),
     "device-without-kernels": (Device("mps"), INT4, "weight_only"),
     "device-without-kernels-exact": (
@@ -109,6 +114,31 @@ UNFIT = {  # capability, name, reason
 @pytest.mark.parametrize(("capability", "name", "reason"), UNFIT.values(), ids=UNFIT)
 def test_gpus_that_none_of_it_is_for(capability, name, reason):
     assert select.unfit(capability, name) == reason
+
+
+EIGHT_BITS_PAY = {  # device, SVDQUANT_KERNELS, answer
+    "a100": (AMPERE, "auto", True),
+    "h100": (H100, "auto", True),
+    "h100-by-mma": (H100, "mma_s8", True),
+    "b200": (Device("cuda", capability=(10, 0)), "auto", True),
+    "turing": (TURING, "auto", False),
+    "rtx-30": (Device("cuda", capability=(8, 6)), "auto", False),
+    "rtx-40": (ADA, "auto", False),
+    "rtx-50": (BLACKWELL, "auto", False),
+    "cpu": (X86, "auto", False),
+    "without-kernels": (H100, "off", False),
+    "by-another-spelling": (AMPERE, "mma_s4", False),
+    "failed-its-self-test": (
+        Device("cuda", capability=(9, 0), missing="the self-test failed"),
+        "auto",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("device", "wanted", "answer"), EIGHT_BITS_PAY.values(), ids=EIGHT_BITS_PAY)
+def test_where_eight_bits_pay(device, wanted, answer):
+    assert select.eight_bits_pay(device, wanted) is answer
 
 
 def test_nothing_against_what_is_chosen():

@@ -109,7 +109,7 @@ def test_the_kernels_of_this_processor_pass():
 def test_the_kernels_of_a_gpu_pass_when_emulated(monkeypatch, spelling, arch):
     """Small tiles only: the emulator takes a second for a large one."""
     monkeypatch.setattr(selftest, "CASES", [case for case in selftest.CASES if case.n < 100])
-    assert selftest.problem(EmulatedOps(arch, spelling), CPU, select.FILE_OPS) is None
+    assert selftest.problem(EmulatedOps(arch, spelling), CPU, select.OPS) is None
 
 
 # ---- what follows from it ----

@@ -18,7 +18,7 @@ void forget() { Block::current().ranges.clear(); }
 void run_backwards(bool yes) { Block::current().backwards = yes; }
 
 int size_of_struct(int which) {
-  const int sizes[] = {sizeof(Floats), sizeof(Quantize), sizeof(Gemm), sizeof(Gemv)};
+  const int sizes[] = {sizeof(Floats), sizeof(Quantize), sizeof(Gemm), sizeof(GemmInt8), sizeof(Gemv)};
   return sizes[which];
 }
 
@@ -29,6 +29,7 @@ const char* quantize_nvfp4(const Quantize* args) { return cuda::quantize_nvfp4(*
 const char* gemm_by_nvfp4(const Gemm* args) { return cuda::gemm_nvfp4(*args, {}); }
 const char* gemm_by_int4(const Gemm* args) { return cuda::gemm_int4(*args, cuda::Product::kInt4, {}); }
 const char* gemm_by_int8(const Gemm* args) { return cuda::gemm_int4(*args, cuda::Product::kInt8, {}); }
+const char* gemm_w8a8(const GemmInt8* args) { return cuda::gemm_int8(*args, {}); }
 const char* gemv(const Gemv* args) { return cuda::gemv_awq(*args, {}); }
 
 // By the name of a spelling, as ops.cpp calls them.
@@ -37,6 +38,7 @@ const char* enter_gemm(const char* spelling, const Gemm* args) {
   emulator::Scratch scratch;
   return gemm(*args, scratch.launch(spelling));
 }
+const char* enter_gemm_w8a8(const char* spelling, const GemmInt8* args) { return gemm_int8(*args, {spelling}); }
 const char* enter_gemv(const char* spelling, const Gemv* args) { return gemv_awq(*args, {spelling}); }
 const char* list_spellings() { return spellings(); }
 
