@@ -1,0 +1,52 @@
+"""SDXL and PixArt-Sigma calibrated with the node, quantized by the calibrated recipes or to a size, loaded, sampled."""
+
+from __future__ import annotations
+
+import comfy.sd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from svdquant_nodes.loaders.source import open_source
+from svdquant_nodes.nodes.calibrate import SVDQuantCalibrate
+from svdquant_nodes.svdquant.adapters.load import load_model
+from svdquant_nodes.svdquant.adapters.operations import quantized_linears
+from svdquant_nodes.svdquant.adapters.plans import make_plan
+from svdquant_nodes.svdquant.quantizer import choices, stream
+from svdquant_nodes.svdquant.quantizer.sensitivity import Limit
+from svdquant_nodes.tests.inside_host import published, small
+from svdquant_nodes.tests.inside_host.small import SMALL
+from svdquant_nodes.tests.inside_host.twins import error
+
+RECIPES = {"sdxl": "fast", "pixart-sigma": "best"}
+LINEARS = 4  # quantized; the rest stays in 16 bits, for the sake of time
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("family", RECIPES)
+def test_calibrated_recipes_draw_nearer_than_instant(family, tmp_path):
+    made_of, source = SMALL[family], tmp_path / "source.safetensors"
+    with small.detecting(made_of):
+        unused = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in made_of.unused.items()}
+        save_file(published.random_weights(made_of.model()) | unused, source)
+        exact = comfy.sd.load_diffusion_model(str(source))
+        watched, seen = SVDQuantCalibrate.execute(exact, 128, 0).args
+        before = small.sample(family, watched, batch=2, cfg=2.0)
+        opened = open_source(source)
+        some = tuple((job.name, "int4") for job in make_plan(opened, rank=16).jobs[:LINEARS])
+        plan = make_plan(opened, rank=16, overrides=(("*", "plain"), *some))
+
+        def distance(plan, recipe, name):
+            errors = stream.quantize(plan, tmp_path / name, stream.Settings(recipe), statistics=seen)
+            made = load_model(tmp_path / name)
+            assert errors.keys() == {job.name for job in plan.jobs}
+            assert next(quantized_linears(made.model))
+            return error(small.sample(family, made, batch=2, cfg=2.0), before)
+
+        near = distance(plan, RECIPES[family], "near.safetensors")
+        instant = distance(plan, "instant", "instant.safetensors")
+        assert 0 < near < instant < 0.35
+        settings, target = stream.Settings("instant"), tmp_path / "mixed.safetensors"
+        decision = choices.decide(plan, Limit(error=0.03), ("int4", "plain"), target, settings, statistics=seen)
+        assert 0 < distance(decision.plan, "instant", target.name) < instant
