@@ -64,12 +64,14 @@ class SVDQuantCompare(io.ComfyNode):
 
 
 def report(exact: host.Drawn, near: host.Drawn, errors: dict[str, float]) -> str:
-    """PSNR and SSIM of each picture and their means, both samplers' reports, the worst linears."""
+    """PSNR and SSIM by picture, LPIPS where it is installed, both samplers' reports, the worst linears."""
     psnr, ssim = (measure(near.images, exact.images) for measure in (compare.psnr, compare.ssim))
     lines = [
         f"picture {i}: PSNR {p:.2f} dB, SSIM {s:.4f}" for i, (p, s) in enumerate(zip(psnr, ssim, strict=True))
     ]
     lines.append(f"mean: PSNR {psnr.mean():.2f} dB, SSIM {ssim.mean():.4f}")
+    far = compare.lpips(near.images, exact.images)
+    lines.append("LPIPS: not installed" if far is None else f"mean: LPIPS {far.mean():.4f}")
     lines += [f"16-bit: {exact.report}", f"4-bit: {near.report}"]
     for name, error in list(errors.items())[:WORST]:
         lines.append(f"{name}: output error {100 * error:.2f} %")

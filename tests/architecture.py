@@ -45,7 +45,7 @@ PACKAGES = {
     "entry": set(),
     "nodes": {"torch", "typing_extensions"} | HOST,
     "adapters": {"torch", "einops", "numpy", "psutil"} | HOST,
-    "quantizer": {"torch", "einops"},
+    "quantizer": {"torch", "einops", "lpips"},
     "kernels": {"torch"},
     "loaders": {"torch"} | FILES,
     "core": {"torch", "einops"},

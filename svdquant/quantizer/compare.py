@@ -6,12 +6,16 @@ Images are [B, H, W, 3] in 0..1.
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
+ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's, as its hub names it
 GAIN = 4.0  # of the difference panel
 
 
@@ -35,6 +39,24 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     likeness = (2 * mean_a * mean_b + C1) * (2 * (ab - mean_a * mean_b) + C2)
     likeness = likeness / ((mean_a**2 + mean_b**2 + C1) * spread)
     return likeness.mean((1, 2, 3)).reshape(len(images), -1).mean(1)
+
+
+def lpips(images: Tensor, reference: Tensor) -> Tensor | None:
+    """Learned perceptual distance of every picture, 0 where they are equal: [B, H, W, 3] twice -> [B].
+
+    None unless the package `lpips` and AlexNet's weights are on this machine; neither is ever downloaded
+    (Zhang et al. 2018).
+    """
+    check_alike(images, reference)
+    if (
+        importlib.util.find_spec("lpips") is None
+        or not Path(torch.hub.get_dir(), "checkpoints", ALEXNET).is_file()
+    ):
+        return None
+    from lpips import LPIPS
+
+    a, b = (x.movedim(-1, 1).float() * 2 - 1 for x in (images, reference))
+    return LPIPS(net="alex", verbose=False)(a, b).flatten()
 
 
 def panel(images: Tensor, reference: Tensor) -> Tensor:

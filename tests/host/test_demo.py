@@ -6,11 +6,13 @@ import io
 import json
 import math
 import shutil
+import struct
 import threading
 import time
 
 import pytest
 
+from svdquant_nodes.tools.commands.compare_pictures import demo_prompt, with_files
 from svdquant_nodes.tools.host.client import PromptFailed, PromptInterrupted, PromptRefused
 from svdquant_nodes.tools.host.places import ROOT
 
@@ -232,3 +234,12 @@ def test_a_workflow_made_for_comfyui_nunchaku_runs(comfy, drawing):
         "_meta": {"title": "Nunchaku FLUX DiT Loader"},
     }
     assert psnr(picture(comfy, prompt), drawing) == math.inf
+
+
+def test_the_comparing_command_gets_panels_and_a_report(comfy):
+    prompt = with_files(demo_prompt(), "svdquant-demo-bf16.safetensors", INT4.name)
+    result = comfy.client.run(prompt)
+    panels = [struct.unpack(">II", comfy.client.view(image)[16:24]) for image in result.images()]
+    assert panels == [(3 * 64, 64)] * 4
+    [report] = [text for output in result.outputs.values() for text in output.get("text", ())]
+    assert "mean: PSNR" in report and "LPIPS" in report and "output error" in report

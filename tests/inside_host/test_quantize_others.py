@@ -48,5 +48,7 @@ def test_calibrated_recipes_draw_nearer_than_instant(family, tmp_path):
         instant = distance(plan, "instant", "instant.safetensors")
         assert 0 < near < instant < 0.35
         settings, target = stream.Settings("instant"), tmp_path / "mixed.safetensors"
-        decision = choices.decide(plan, Limit(error=0.03), ("int4", "plain"), target, settings, statistics=seen)
+        decision = choices.decide(
+            plan, Limit(error=0.03), ("int4", "plain"), target, settings, statistics=seen
+        )
         assert 0 < distance(decision.plan, "instant", target.name) < instant

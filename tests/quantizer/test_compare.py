@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import math
+import sys
+import types
 
 import pytest
 import torch
 
-from svdquant_nodes.svdquant.quantizer.compare import panel, psnr, ssim
+from svdquant_nodes.svdquant.quantizer.compare import ALEXNET, lpips, panel, psnr, ssim
 
 
 def pictures(count=2):
@@ -55,3 +58,30 @@ def test_panel_is_reference_image_difference():
 def test_other_sizes_are_refused():
     with pytest.raises(ValueError, match="two batches .* of one size"):
         psnr(pictures(), pictures(1))
+
+
+class Network:
+    """Stands in for LPIPS: the mean of what it is given, where 16-bit pictures are black."""
+
+    def __init__(self, net, verbose):
+        assert (net, verbose) == ("alex", False)
+
+    def __call__(self, a, b):
+        assert a.shape[1] == 3 and float(b.min()) == float(b.max()) == -1.0
+        return a.mean((1, 2, 3), keepdim=True)
+
+
+def test_lpips_is_asked_only_where_package_and_weights_are(tmp_path, monkeypatch):
+    a, b = torch.full((2, 8, 8, 3), 0.75), torch.zeros(2, 8, 8, 3)
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert lpips(a, b) is None
+    package = types.ModuleType("lpips")
+    package.LPIPS = Network
+    monkeypatch.setitem(sys.modules, "lpips", package)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
+    assert lpips(a, b) is None  # no weights, and none are fetched
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ALEXNET).touch()
+    assert lpips(a, b).tolist() == [0.5, 0.5]

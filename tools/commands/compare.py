@@ -1,4 +1,5 @@
-"""How far each linear of a 4-bit checkpoint is from its 16-bit original: of weights, or of outputs with statistics."""
+"""How far a 4-bit checkpoint is from its 16-bit original: linear by linear, of weights or, with statistics, of outputs;
+and, with --draw, in pictures drawn from the same noise, with PSNR, SSIM, LPIPS where installed, time and memory."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from ...svdquant.core import linear, reference
 from ...svdquant.core.weights import LinearWeights
 from ...svdquant.quantizer import report, statistics
 from ...svdquant.quantizer.task import Sample
+from . import compare_pictures
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stats", type=Path, metavar="FILE", help="statistics: compare outputs on held-out inputs"
     )
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        metavar="PNG",
+        help="draw with both in a ComfyUI and save panels with the difference",
+    )
+    parser.add_argument(
+        "--workflow", type=Path, metavar="FILE", help="what --draw runs, in API form (the demo model's)"
+    )
+    parser.add_argument(
+        "--models", type=Path, metavar="DIR", help="models folder with text encoders and VAE (COMFYUI_PATH's)"
+    )
+    parser.add_argument("--device", choices=("cpu", "auto"), default="cpu", help="of --draw; auto: any GPU")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.draw:
+        print(draw(args))
+        return 0
     source, checkpoint = open_source(args.source), open_checkpoint(args.made)
     samples = statistics.load(args.stats) if args.stats else {}
     found = sorted(compare(source, checkpoint, samples), key=lambda one: -one.error)
@@ -63,6 +81,21 @@ def main(args: argparse.Namespace) -> int:
         f"{len(found)} linears, worst first; mean error of {'outputs' if samples else 'weights'} {mean:.2f} dB"
     )
     return 0
+
+
+def draw(args: argparse.Namespace) -> str:
+    """Panels and the node's report; the pictures are drawn by the host, so nothing is computed here."""
+    if not args.draw.absolute().parent.is_dir():
+        raise ValueError(f"--draw {args.draw}: expected an existing folder, got none. Make it first.")
+    models = args.models or compare_pictures.default_models()
+    return compare_pictures.draw(
+        Path(args.source),
+        Path(args.made),
+        args.draw,
+        workflow=args.workflow,
+        models=models,
+        device=args.device,
+    )
 
 
 def compare(source: SourceModel, checkpoint: Checkpoint, samples: dict[str, Sample]) -> Iterator[Found]:
