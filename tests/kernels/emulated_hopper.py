@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -10,18 +9,9 @@ from torch import Tensor
 
 from svdquant_nodes.svdquant.core.weights import LinearWeights
 
-from .emulated import Floats, Kernels, Output, _data, _floats, _output, _poisoned, _struct, library
+from .emulated import GemmInt8, Kernels, _data, _floats, _output, _poisoned, library
 
 ARCH = 90
-_SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
-GemmInt8 = _struct(
-    "GemmInt8",
-    **dict.fromkeys("mnkr", _SIZE),
-    **dict.fromkeys(("codes", "scales", "hidden", "weight_codes", "weight_scales"), _POINTER),
-    up=Floats,
-    bias=Floats,
-    out=Output,
-)
 
 
 @dataclass(frozen=True)
@@ -58,9 +48,7 @@ class Hopper(Kernels):
         """As core.reference.gemm_int8."""
         (m, k), n, w = codes.shape, weights.out_features, weights
         out = _poisoned(m, n, dtype=dtype) if out is None else out
-        kernels = library(self.arch)
-        assert kernels.size_of_gemm_int8() == ctypes.sizeof(GemmInt8), "not what csrc/launch.h says"
-        kernels.set_multiprocessors(self.sms)
+        library(self.arch).set_multiprocessors(self.sms)
         pointers = map(_data, (codes, scales, hidden, w.codes, w.scales))
         args = GemmInt8(m, n, k, w.rank, *pointers, _floats(w.up), _floats(w.bias), _output(out))
         read = (codes, scales, hidden, w.codes, w.scales, w.up, w.bias)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdquant_nodes.svdquant.core import reference
+from svdquant_nodes.svdquant.core import linear, reference
 from svdquant_nodes.svdquant.core.weights import INT8, LinearWeights
 from svdquant_nodes.tests import layers
-from svdquant_nodes.tests.kernels.emulated import COMPILER, KernelError, library
+from svdquant_nodes.tests.kernels.emulated import COMPILER, EmulatedOps, KernelError, library
 from svdquant_nodes.tests.kernels.emulated_hopper import ARCH, Hopper
 from svdquant_nodes.tests.tolerances import assert_close
 
@@ -105,6 +105,17 @@ def test_up_of_which_rows_lie_apart():
     weights = replace(weights, up=wide[:, 3:19], bias=None)
     args = codes, scales, hidden, weights
     assert_close(Hopper().gemm_int8(*args), reference.gemm_int8(*args), "split_branch")
+
+
+@pytest.mark.parametrize("name", ["int8-of-int4", "int8-of-int4-unsigned"])
+def test_layer(name):
+    """Through the entry points, with the quantizer that every card has."""
+    weights = layers.random_linear(name, 72, 192, 24)
+    x = layers.random(19, 192, seed=8, dtype=torch.bfloat16)
+    if name == "int8-of-int4-unsigned":
+        x = torch.nn.functional.gelu(x.float(), approximate="tanh").bfloat16()
+    got = linear.linear(x, weights, EmulatedOps(ARCH, "wgmma_s8"))
+    assert_close(got, linear.linear(x, weights, reference), "split_branch")
 
 
 def test_refusals():

@@ -14,8 +14,6 @@ const char* gemm_by_hopper(const Gemm* args) {
   return cuda::gemm_int4_hopper(*args, scratch.launch(""));
 }
 
-int size_of_gemm_int8() { return sizeof(GemmInt8); }
-
 const char* gemm_int8_hopper(const GemmInt8* args) { return cuda::gemm_int8_hopper(*args, {}); }
 
 int choose_tile_columns(int64_t m, int64_t n, int64_t sms) { return cuda::choose_tile_columns(m, n, sms); }
