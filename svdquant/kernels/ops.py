@@ -8,7 +8,6 @@ that insists on a spelling.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from functools import cache
 
@@ -17,9 +16,7 @@ from torch import Tensor
 
 from ..core import reference, weight_only
 from ..core.weights import LinearWeights
-from . import jit, select, selftest
-
-log = logging.getLogger("svdquant-nodes")
+from . import gpu, jit, select
 
 _QUANTIZED = "(Tensor codes, Tensor scales, Tensor hidden)"
 _ACTS = "Tensor x, Tensor smooth, Tensor down"
@@ -97,60 +94,15 @@ def declare() -> None:
 
 @cache
 def device(kind: str, index: int | None = None) -> select.Device:
-    """What a device can do; builds or loads its library on the first call."""
+    """What a device can do; builds, tries or loads its library on the first call."""
     declare()
     if kind == "cuda":
-        return _gpu(index)
+        return gpu.find(index)
     if kind != "cpu":
         return select.Device(kind)
     missing = jit.load(jit.cpu_target())
     names = "" if missing else torch.ops.svdquant.spellings(torch.empty(0))
     return select.Device("cpu", features=frozenset(names.split()), missing=missing or "")
-
-
-def _gpu(index: int | None) -> select.Device:
-    """A GPU, whose library is for all GPUs of the machine that our kernels fit, and is checked before its first use."""
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return select.Device("cuda", missing="torch finds no NVIDIA GPU")
-    every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    index = torch.cuda.current_device() if index is None else index
-    here = every[index]
-    found = select.Device("cuda", capability=(here.major, here.minor))
-    missing = select.unfit(found.capability, here.name)
-    if not missing:
-        fit = [(p.major, p.minor) for p in every if not select.unfit((p.major, p.minor), p.name)]
-        missing = jit.load(jit.cuda_target(*fit))
-    if missing:
-        return replace(found, missing=missing)
-    return _trusted(found, torch.device("cuda", index), here.name)
-
-
-def _trusted(found: select.Device, where: torch.device, name: str) -> select.Device:
-    """The device without the spellings that are wrong on it, or without any where no other can take their place.
-
-    What it does without is logged.
-    """
-    while True:
-        trial = _Trial(found)
-        names = [op for op in select.OPS if trial.spelling(op, torch.bfloat16) not in PLAIN]
-        fault = selftest.problem(trial, where, names)
-        if fault is None:
-            return found
-        wrong = trial.spelling(fault.op, torch.bfloat16)
-        found = replace(found, distrusted=found.distrusted | {wrong})
-        instead = _Trial(found).spelling(fault.op, torch.bfloat16)
-        if instead in PLAIN:
-            log.warning(
-                "SVDQuant: the kernels failed their self-test on %s, so layers multiply dequantized weights in "
-                "16 bits there: %s. Please report this line; SVDQUANT_KERNELS=off starts without the kernels.",
-                name,
-                fault,
-            )
-            return replace(found, missing=f"the self-test failed: {fault}")
-        message = (
-            "SVDQuant: kernels %s failed their self-test on %s, so %s run there: %s. Please report this line."
-        )
-        log.warning(message, wrong, name, instead, fault)
 
 
 @cache
@@ -297,20 +249,6 @@ class OpSet:
         if spelling in PLAIN:
             return PLAIN[spelling].gemv_awq(x, w, dtype=dtype)
         return torch.ops.svdquant.gemv_awq(x, w.codes, w.scales, w.zeros, w.bias, dtype, spelling)
-
-
-class _Trial(OpSet):
-    """What a device would run, before `device` says that it may."""
-
-    def __init__(self, found: select.Device) -> None:
-        super().__init__()
-        self.found = found
-
-    def spelling(self, op: str, dtype: torch.dtype, tokens: int | None = None) -> str:
-        return select.choose(self.found, _request(op, None, dtype, tokens)).spelling
-
-    def _choose(self, op: str, x: Tensor, dtype: torch.dtype, tokens: int | None = None) -> str:
-        return self.spelling(op, dtype, tokens)
 
 
 _default = OpSet()

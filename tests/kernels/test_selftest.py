@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
 
 import pytest
 import torch
 
-from svdquant_nodes.svdquant.core import linear, reference
+from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.svdquant.kernels import ops, select, selftest
-from svdquant_nodes.tests import layers
 from svdquant_nodes.tests.kernels.emulated import COMPILER, EmulatedOps
 
 CPU = torch.device("cpu")
@@ -110,54 +108,3 @@ def test_the_kernels_of_a_gpu_pass_when_emulated(monkeypatch, spelling, arch):
     """Small tiles only: the emulator takes a second for a large one."""
     monkeypatch.setattr(selftest, "CASES", [case for case in selftest.CASES if case.n < 100])
     assert selftest.problem(EmulatedOps(arch, spelling), CPU, select.OPS) is None
-
-
-# ---- what follows from it ----
-
-
-def test_a_gpu_that_fails_runs_without_kernels_and_says_so_once(monkeypatch, caplog):
-    found = select.Device("cuda", capability=(8, 9))
-    monkeypatch.setattr(
-        selftest, "problem", lambda op_set, device, names: selftest.Fault(names[0], "is off by 9")
-    )
-    with caplog.at_level(logging.WARNING, logger="svdquant-nodes"):
-        failed = ops._trusted(found, CPU, "NVIDIA Something")
-    assert failed.missing == "the self-test failed: quantize_int4 is off by 9"
-    first, last = (record.getMessage() for record in caplog.records)
-    assert "kernels mma_s4 failed their self-test on NVIDIA Something, so mma_s8 run there" in first
-    assert "16 bits there: quantize_int4 is off by 9" in last
-    choice = select.choose(failed, select.Request("gemm_int4", "bfloat16"))
-    assert choice.spelling == "weight_only" and failed.missing in choice.against["mma_s4"]
-
-
-def test_a_spelling_that_fails_gives_way_to_the_next(monkeypatch, caplog):
-    """The newest kernels of a card may be wrong there, and older ones not."""
-
-    def wrong(op_set, device, names):
-        bad = op_set.spelling("gemm_int4", torch.bfloat16) == "wgmma_e4m3"
-        return selftest.Fault("gemm_int4", "is off by 9") if bad else None
-
-    monkeypatch.setattr(selftest, "problem", wrong)
-    with caplog.at_level(logging.WARNING, logger="svdquant-nodes"):
-        found = ops._trusted(select.Device("cuda", capability=(9, 0)), CPU, "NVIDIA H100")
-    assert found.distrusted == {"wgmma_e4m3"} and not found.missing
-    assert "kernels wgmma_e4m3 failed their self-test on NVIDIA H100, so mma_s8 run there" in caplog.text
-
-
-def test_the_check_calls_what_the_device_would_run(monkeypatch):
-    """Before the device has been found good, and only ops with kernels: the rest is plain torch."""
-    seen = {}
-    monkeypatch.setattr(
-        selftest, "problem", lambda op_set, device, names: seen.update(names=names, ops=op_set)
-    )
-    assert not ops._trusted(select.Device("cuda", capability=(7, 5)), CPU, "Tesla T4").missing
-    assert set(select.FILE_OPS) <= set(seen["names"])
-    assert seen["ops"].spelling("gemm_int4", torch.float16) == "mma_sm75"
-    assert seen["ops"].spelling("gemm_int4", torch.float64) == "weight_only"
-
-
-def test_a_trial_is_an_op_set(monkeypatch):
-    """On a processor's device it computes a layer like any other."""
-    w, x = layers.random_linear("int4", 32, 64, 4), layers.random(3, 64, seed=1)
-    trial = ops._Trial(select.Device("cpu", missing="none here"))
-    assert torch.equal(linear.linear(x, w, trial), linear.linear(x, w, reference))

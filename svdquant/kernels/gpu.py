@@ -1,0 +1,150 @@
+"""What an NVIDIA GPU can do, and whether the kernels built for it may be trusted on it.
+
+A kernel that is wrong on a card nobody has tried would paint noise and blame the model; one that crashes or hangs would
+take the host with it. So a new library is first tried in a process of its own, on each model of GPU it meets
+(trial.py). The spellings that fail are left out, with a line in the log; the verdict is kept beside the library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import jit, select
+
+log = logging.getLogger("svdquant-nodes")
+
+TRIAL_SECONDS = 180  # a trial takes ten; a kernel that hangs stops itself after twenty
+PACK = Path(__file__).resolve().parents[2]
+# The pack under a name of its own: in the host it is called as its folder is.
+_TRIAL = (
+    "import sys, types; pack = types.ModuleType('svdquant_nodes'); pack.__path__ = [sys.argv[1]]; "
+    "sys.modules['svdquant_nodes'] = pack; from svdquant_nodes.svdquant.kernels import trial; trial.main(sys.argv[2:])"
+)
+
+
+def find(index: int | None = None) -> select.Device:
+    """A GPU as select.py wants it, with its library loaded; `missing` says why none of our kernels may run there."""
+    found, library = load(index)
+    return found if found.missing else trusted(found, library, _index(index))
+
+
+def load(index: int | None = None) -> tuple[select.Device, Path | None]:
+    """A GPU with its library loaded but not tried, and the library: one for all GPUs here that our kernels fit."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return select.Device("cuda", missing="torch finds no NVIDIA GPU"), None
+    every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    here = every[_index(index)]
+    found = select.Device("cuda", capability=(here.major, here.minor))
+    unfit = select.unfit(found.capability, here.name)
+    if unfit:
+        return replace(found, missing=unfit), None
+    fit = [(p.major, p.minor) for p in every if not select.unfit((p.major, p.minor), p.name)]
+    target = jit.cuda_target(*fit)
+    return replace(found, missing=jit.load(target) or ""), jit.library_path(target)
+
+
+def _index(index: int | None) -> int:
+    return torch.cuda.current_device() if index is None else index
+
+
+# ---- trust ----
+
+
+def trusted(found: select.Device, library: Path, index: int) -> select.Device:
+    """The device without the spellings that fail on it, which are logged."""
+    name = torch.cuda.get_device_properties(index).name
+    kept = library.with_name(f"{library.stem}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}.json")
+    verdict = _recall(kept)
+    if verdict is None:
+        verdict = judge(index)
+        _keep(kept, verdict)
+    for spelling, fault in verdict.faults.items():
+        log.warning(
+            "SVDQuant: kernel %s failed the self-test on %s and is not used: %s. Please report this line.",
+            spelling,
+            name,
+            fault,
+        )
+    return replace(found, distrusted=frozenset(verdict.faults), missing=verdict.untried)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a trial found.
+
+    faults    spelling -> what was wrong with it
+    untried   why nothing could be tried, "" if it could
+    """
+
+    faults: dict[str, str]
+    untried: str = ""
+
+
+def judge(index: int) -> Verdict:
+    """Try every spelling that a GPU could run. One that ends its process is at fault, and the rest go on without it."""
+    faults: dict[str, str] = {}
+    while True:
+        known = len(faults)
+        said, ending = _run_trial(index, faults)
+        trying = ""
+        for word in said:
+            trying = word.get("trying", trying)
+            if "fault" in word:
+                faults[trying] = word["fault"]
+        if not ending:
+            return Verdict(faults)
+        if trying:
+            faults.setdefault(trying, ending)
+        if len(faults) == known:
+            return Verdict(faults, f"they could not be tried: {ending}")
+
+
+def _run_trial(index: int, skipped: Iterable[str]) -> tuple[list[dict[str, str]], str]:
+    """What a trial said before it ended, and how it ended: "" if well."""
+    command = [sys.executable, "-c", _TRIAL, str(PACK), str(index), *skipped]
+    environment = {**os.environ, "SVDQUANT_KERNELS": "auto"}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", timeout=TRIAL_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        return _words(error.stdout or b""), f"it did not end within {TRIAL_SECONDS} s"
+    except OSError as error:
+        return [], f"{sys.executable} does not start ({error})"
+    said = _words(done.stdout)
+    if done.returncode == 0 and said and "done" in said[-1]:
+        return said, ""
+    last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+    return said, f"its process ended with code {done.returncode}: {last[:300]}"
+
+
+def _words(output: str | bytes) -> list[dict[str, str]]:
+    """The trial's own lines, among whatever else was printed."""
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output
+    return [json.loads(line) for line in text.splitlines() if line.startswith('{"') and line.endswith("}")]
+
+
+def _recall(kept: Path) -> Verdict | None:
+    try:
+        return Verdict(dict(json.loads(kept.read_text())["faults"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(kept: Path, verdict: Verdict) -> None:
+    """Remember a verdict, unless another start could find otherwise."""
+    if verdict.untried or any("out of memory" in fault for fault in verdict.faults.values()):
+        return
+    with contextlib.suppress(OSError):
+        kept.write_text(json.dumps({"faults": verdict.faults}))

@@ -1,0 +1,59 @@
+"""Try a GPU's kernels, in a process that may crash: `gpu.py` starts it, and reads one line of JSON a step.
+
+{"trying": "mma_s8"}                    from here on, whatever happens is that spelling's fault
+{"fault": "gemm_int4 is off by 3 ..."}  what is wrong with it
+{"done": "mma_s8"}                      all were tried, this one last
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+
+import torch
+
+from . import gpu, ops, select, selftest
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`arguments`: the GPU's number, then spellings not to try."""
+    index, skipped = int(arguments[0]), arguments[1:]
+    ops.declare()
+    found, _ = gpu.load(index)
+    if found.missing:
+        raise SystemExit(found.missing)
+    run(found, torch.device("cuda", index), skipped)
+
+
+def run(found: select.Device, where: torch.device, skipped: Collection[str]) -> None:
+    """Try every spelling that a device could run, and say what comes of it."""
+    rows = [
+        row for row in select.SPELLINGS if row.device == found.type and row.built and not row.needs(found)
+    ]
+    for row in rows:
+        if row.name in skipped:
+            continue
+        _say(trying=row.name)
+        fault = selftest.problem(Trial(found, row.name), where, row.ops)
+        if fault:
+            _say(fault=str(fault))
+        if where.type == "cuda":
+            torch.cuda.synchronize()  # raises after an error that no later call survives
+    _say(done="")
+
+
+def _say(**word: str) -> None:
+    print(json.dumps(word), flush=True)
+
+
+class Trial(ops.OpSet):
+    """The op set that insists on a spelling, on a device that `ops.device` does not know yet."""
+
+    def __init__(self, found: select.Device, wanted: str) -> None:
+        super().__init__(wanted)
+        self.found = found
+
+    def _choose(self, op: str, x: torch.Tensor, dtype: torch.dtype, tokens: int | None = None) -> str:
+        name = str(dtype).removeprefix("torch.")
+        request = select.Request(op, name, tokens=tokens, wanted=self.wanted)
+        return select.choose(self.found, request).spelling

@@ -1,0 +1,168 @@
+"""Whether a GPU's kernels are trusted: what a trial says, and what follows when it crashes, hangs or cannot run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from svdquant_nodes.svdquant.core import reference
+from svdquant_nodes.svdquant.kernels import gpu, ops, select, selftest, trial
+
+HOPPER = select.Device("cuda", capability=(9, 0))
+DONE = {"done": ""}
+
+
+def script(monkeypatch, *trials):
+    """What trials say and how they end, one after the other; returns what each was told to skip."""
+    skipped, left = [], list(trials)
+
+    def run(index, skip):
+        skipped.append(set(skip))
+        return left.pop(0)
+
+    monkeypatch.setattr(gpu, "_run_trial", run)
+    return skipped
+
+
+def test_all_is_well(monkeypatch):
+    script(monkeypatch, ([{"trying": "mma_s4"}, {"trying": "gemv"}, DONE], ""))
+    assert gpu.judge(0) == gpu.Verdict({})
+
+
+def test_a_wrong_spelling_is_left_out_and_the_next_one_is_tried(monkeypatch):
+    said = [{"trying": "mma_s4"}, {"fault": "gemm_int4 is off by 3"}, {"trying": "gemv"}, DONE]
+    script(monkeypatch, (said, ""))
+    assert gpu.judge(0).faults == {"mma_s4": "gemm_int4 is off by 3"}
+
+
+def test_a_crash_is_the_fault_of_what_ran(monkeypatch):
+    crash = ([{"trying": "gemv"}, {"trying": "wgmma_sm90"}], "its process ended with code -6: no word")
+    skipped = script(monkeypatch, crash, ([{"trying": "gemv"}, DONE], ""))
+    assert gpu.judge(0) == gpu.Verdict({"wgmma_sm90": crash[1]})
+    assert skipped == [set(), {"wgmma_sm90"}]
+
+
+def test_a_fault_that_the_process_does_not_survive_is_told_by_its_own_words(monkeypatch):
+    words = (
+        [{"trying": "gemv"}, {"fault": "gemv_awq: CUDA error"}],
+        "its process ended with code 1: CUDA error",
+    )
+    script(monkeypatch, words, ([DONE], ""))
+    assert gpu.judge(0) == gpu.Verdict({"gemv": "gemv_awq: CUDA error"})
+
+
+@pytest.mark.parametrize("words", [[], [{"trying": "gemv"}]], ids=["at-the-start", "again-in-the-same-place"])
+def test_a_trial_that_gets_nowhere_ends(monkeypatch, words):
+    script(monkeypatch, *[(words, "its process ended with code 1: no driver")] * 2)
+    assert gpu.judge(0).untried == "they could not be tried: its process ended with code 1: no driver"
+
+
+# ---- the process ----
+
+
+def test_a_hang_ends_with_what_was_said_before(monkeypatch):
+    def hang(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout, output=b'noise\n{"trying": "wgmma_sm90"}\n{"tr')
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert gpu._run_trial(0, ()) == ([{"trying": "wgmma_sm90"}], "it did not end within 180 s")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the trial would find nothing wrong")
+def test_the_process_starts_and_its_last_word_is_told():
+    said, ending = gpu._run_trial(0, ("mma_s8",))
+    assert said == []
+    assert ending == "its process ended with code 1: torch finds no NVIDIA GPU"
+
+
+def run_here(capsys, skipped=()):
+    """A trial of this processor's kernels."""
+    trial.run(ops.device("cpu"), torch.device("cpu"), skipped)
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_trial_calls_every_spelling_that_there_is(capsys, monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        selftest, "problem", lambda op_set, where, names: called.append((op_set.wanted, where.type, names))
+    )
+    said = run_here(capsys, skipped={"portable"})
+    rows = [row for row in select.SPELLINGS if row.device == "cpu" and row.name in ops.device("cpu").features]
+    assert called == [(row.name, "cpu", row.ops) for row in rows if row.name != "portable"]
+    assert said == [*({"trying": name} for name, _, _ in called), DONE]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_trial_runs_the_spelling_it_names(capsys, monkeypatch):
+    """portable, which nothing runs that has not asked for it."""
+    monkeypatch.setattr(selftest, "CASES", selftest.CASES[:1])
+    used = []
+    monkeypatch.setattr(trial.Trial, "_choose", lambda self, *a: used.append(real(self, *a)) or used[-1])
+    assert run_here(capsys, skipped={"avx512", "avx2", "neon"}) == [{"trying": "portable"}, DONE]
+    assert set(used) == {"portable"}
+
+
+real = trial.Trial._choose
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_trial_says_what_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(trial, "Trial", lambda found, wanted: Negative())
+    said = run_here(capsys, skipped={"avx512", "avx2", "neon"})
+    assert said[1]["fault"].startswith("quantize_int4 gave")
+
+
+class Negative:
+    """core.reference, with the sign of activations wrong."""
+
+    def __getattr__(self, op):
+        right = getattr(reference, op)
+        return lambda x, *rest, **dtype: right(-x, *rest, **dtype)
+
+
+# ---- the verdict ----
+
+
+@pytest.fixture
+def card(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="NVIDIA H100 (80GB)")
+    )
+
+
+@pytest.mark.usefixtures("card")
+def test_a_verdict_is_kept_beside_the_library_and_told_at_every_start(monkeypatch, tmp_path, caplog):
+    library = tmp_path / "svdquant-cuda.so"
+    script(monkeypatch, ([{"trying": "wgmma_e4m3"}, {"fault": "gemm_int4 is off by 9"}, DONE], ""))
+    with caplog.at_level(logging.WARNING, logger="svdquant-nodes"):
+        first, second = (gpu.trusted(HOPPER, library, 0) for _ in range(2))
+    assert first == second and first.distrusted == {"wgmma_e4m3"} and not first.missing
+    assert [file.name for file in tmp_path.iterdir()] == ["svdquant-cuda-NVIDIA-H100-80GB-.json"]
+    assert len(caplog.records) == 2 and "wgmma_e4m3 failed the self-test on NVIDIA H100" in caplog.text
+    choice = select.choose(first, select.Request("gemm_int4", "bfloat16"))
+    assert choice.spelling == "mma_s8" and choice.against["wgmma_e4m3"] == ("it failed the self-test",)
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(
+    "words",
+    [([], "no driver"), ([{"trying": "gemv"}, {"fault": "gemv_awq: CUDA out of memory"}, DONE], "")],
+    ids=["not-tried", "no-memory"],
+)
+def test_what_may_be_otherwise_next_time_is_not_kept(monkeypatch, tmp_path, words):
+    script(monkeypatch, words, words)
+    gpu.trusted(HOPPER, tmp_path / "svdquant-cuda.so", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("card")
+def test_a_damaged_verdict_is_made_anew(monkeypatch, tmp_path):
+    (tmp_path / "svdquant-cuda-NVIDIA-H100-80GB-.json").write_text("{")
+    script(monkeypatch, ([DONE], ""))
+    assert gpu.trusted(HOPPER, tmp_path / "svdquant-cuda.so", 0) == HOPPER
