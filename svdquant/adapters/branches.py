@@ -78,9 +78,8 @@ def _follow_hooks(patcher) -> None:
 
 
 def _accompany_clone(patcher, clone) -> None:
-    clone.size = (
-        patcher.size
-    )  # of the model alone: the host hands on what it was told, branches of the original in it
+    # Of the model alone: the host hands on what it was told, with the original's branches in it.
+    clone.size = patcher.size
     _accompany(clone)
 
 

@@ -27,9 +27,10 @@ def count_branches(patcher) -> None:
         host = this()
         return type(host).model_size(host) + sum(sizes().values())
 
-    def _load_list(for_dynamic: bool = False, **kwargs) -> list[tuple]:
+    def _load_list(*args, **kwargs) -> list[tuple]:
         host = this()
-        entries = type(host)._load_list(host, for_dynamic, **kwargs)
+        for_dynamic = kwargs.get("for_dynamic", args[0] if args else False)
+        entries = type(host)._load_list(host, *args, **kwargs)
         return entries if for_dynamic else [counted(entry, sizes()) for entry in entries]
 
     patcher.model_size = model_size
@@ -46,7 +47,12 @@ def branch_sizes(patcher) -> dict[str, int]:
 
 
 def counted(entry: tuple, sizes: dict[str, int]) -> tuple:
-    """One entry of the host's list with its branches: (bytes while streamed, bytes, name, module, parameters)."""
+    """One entry of the host's list with its branches: (bytes while streamed, bytes, name, module, parameters).
+
+    An entry of another form, as a later host may have, is left alone: a plan that is a little off is still a plan.
+    """
+    if len(entry) != 5:
+        return entry
     streamed, nbytes, name, module, params = entry
     more = sizes.get(name, 0) if isinstance(module, QuantizedLinear) else 0
     return streamed + more, nbytes + more, name, module, params

@@ -10,9 +10,7 @@ import re
 
 import comfy.lora
 
-Target = (
-    str | tuple
-)  # the host's: a weight's key, or (key, offset) or (key, offset, function) for a part of one
+Target = str | tuple  # the host's: a weight's key; for a part of one (key, offset) or (key, offset, function)
 
 _DOTTED = ("diffusion_model.", "transformer.", "unet.", "base_model.model.")
 

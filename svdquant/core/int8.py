@@ -16,9 +16,7 @@ from . import fp4, int4
 from .weights import LinearWeights, QuantSpec
 
 CODE_MAX = 127
-EXACT_COLUMNS = (
-    1024  # 1024 * 127 * 127 < 2**24: no sum of that many products is too large for an fp32 integer
-)
+EXACT_COLUMNS = 1024  # 1024 * 127 * 127 < 2**24: the sum of so many products is an integer that fp32 holds
 
 
 def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor]:
