@@ -1,4 +1,4 @@
-"""PixArt-Sigma calibrated with the node, quantized by a calibrated recipe or to an error, loaded, sampled."""
+"""SDXL and PixArt-Sigma calibrated with the node, quantized by a calibrated recipe or to an error, loaded, sampled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from svdquant_nodes.tests.inside_host import published, small
 from svdquant_nodes.tests.inside_host.small import SMALL
 from svdquant_nodes.tests.inside_host.twins import error
 
-RECIPES = {"pixart-sigma": "best"}
+RECIPES = {"sdxl": "fast", "pixart-sigma": "best"}
 LINEARS = 4  # quantized; the rest stays in 16 bits, for the sake of time
 
 pytestmark = pytest.mark.slow
