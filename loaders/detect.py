@@ -28,13 +28,16 @@ _LORA_PARTS = (
 )
 
 # Names that only such a file has, what it is, and who takes it.
+TEXT_ENCODER = (
+    r"text_model\.(encoder|embeddings)\.|encoder\.block\.\d+\.layer\.|shared\.weight|(model\.)?embed_tokens\."
+)
 _OTHERS = (
     (
         r"(first_stage_model|cond_stage_model|conditioner|text_encoders)\.",
         "a whole 16-bit checkpoint. Load it with ComfyUI's Load Checkpoint, or make it smaller with SVDQuant Quantize.",
     ),
     (
-        r"text_model\.(encoder|embeddings)\.|encoder\.block\.\d+\.layer\.|shared\.weight|(model\.)?embed_tokens\.",
+        TEXT_ENCODER,
         "a 16-bit text encoder. Load it with ComfyUI's Load CLIP or DualCLIPLoader.",
     ),
     (
@@ -52,7 +55,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     files = open_tensors(Path(path))
     found = read_quantized(files)
     if found is None:
-        raise ValueError(f"{files.path.name}: expected SVDQuant layers, got {_explain(files)}")
+        raise ValueError(f"{files.path.name}: expected SVDQuant layers, got {explain(files)}")
     return found
 
 
@@ -99,7 +102,7 @@ def _nunchaku_files(folder: Path) -> list[Path]:
     return files
 
 
-def _explain(files: TensorFile) -> str:
+def explain(files: TensorFile) -> str:
     """What a file without SVDQuant layers is, and what to do with it."""
     if not files:
         return "a file without tensors. Download it again."

@@ -7,10 +7,12 @@ how stored linears become the host's; a plan walks them the other way. Nothing h
 from __future__ import annotations
 
 import fnmatch
+import re
 from dataclasses import replace
 from functools import partial
 
 from ...loaders import natural, nunchaku
+from ...loaders.detect import TEXT_ENCODER
 from ...loaders.plan import Plan
 from ...loaders.source import Job, SourceModel
 from ..core.weights import AWQ, INT4, NVFP4
@@ -55,12 +57,17 @@ def make_plan(
     centred    let biases take the mean out of inputs where that is free; LoRAs then see other inputs
     overrides  (pattern of file names, int4 | nvfp4 | awq | plain), the last that matches wins
 
-    Raises ValueError for settings that no file can hold, or a model without linears worth quantizing.
+    Raises ValueError for settings that no file can hold, a text encoder, or a model without linears worth quantizing.
     """
     if precision not in ("int4", "nvfp4"):
         raise ValueError(f"precision: expected int4 or nvfp4, got {precision!r}.")
     if not 0 <= rank <= 256 or rank % 16:
         raise ValueError(f"rank: expected a multiple of 16 up to 256, got {rank}.")
+    if any(re.match(TEXT_ENCODER, name) for name in source.shapes):
+        raise ValueError(
+            f"{source.path.name}: expected a diffusion model, got a text encoder. A T5-XXL is quantized with SVDQuant "
+            "Quantize Text Encoder; others stay in 16 bits or fp8."
+        )
     plan = _draft(source, precision, rank)
     jobs = [override(job, overrides) for job in plan.jobs]
     if plan.family != MODEL:

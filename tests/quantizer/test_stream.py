@@ -157,6 +157,21 @@ BAD = {
         lambda t: t.clear() or t.update({f"x.{i}.lora_A.weight": torch.zeros(128, 128) for i in range(2)}),
         "expected a 16-bit model, got a LoRA",
     ),
+    "t5": (
+        lambda t: (
+            t.clear()
+            or t.update(
+                {f"encoder.block.{i}.layer.0.SelfAttention.q.weight": torch.zeros(128, 128) for i in (0, 1)}
+            )
+        ),
+        r"got a text encoder\. A T5-XXL is quantized with SVDQuant Quantize Text Encoder",
+    ),
+    "clip": (
+        lambda t: (
+            t.clear() or t.update({"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(128, 128)})
+        ),
+        "expected a diffusion model, got a text encoder",
+    ),
     "no-model": (
         lambda t: t.clear() or t.update(a=torch.zeros(3)),
         "expected the linears of a diffusion model",
