@@ -35,10 +35,13 @@ class SVDQuantApplyLora(io.ComfyNode):
                     tooltip="Layers matched, rank, bytes, error, tensors left over.",
                 ),
             ],
+            accept_all_inputs=True,
         )
 
     @classmethod
-    def execute(cls, model, lora_name: str, strength: float, more: dict | None = None) -> io.NodeOutput:
+    def execute(
+        cls, model, lora_name: str, strength: float, more: dict | str | None = None, **_
+    ) -> io.NodeOutput:
         reports = []
         for path, by in chosen(lora_name, strength, more):
             model, report = lora.apply_lora(model, path, by)

@@ -53,6 +53,7 @@ class SVDQuantBakeLora(io.ComfyNode):
                 )
             ],
             is_output_node=True,
+            accept_all_inputs=True,
         )
 
     @classmethod
@@ -63,7 +64,8 @@ class SVDQuantBakeLora(io.ComfyNode):
         strength: float,
         file_name: str,
         largest_error: float = 0.01,
-        more: dict | None = None,
+        more: dict | str | None = None,
+        **_,
     ) -> io.NodeOutput:
         target = bake.new_file(folders.download_folder(folders.MODELS), file_name)
         baked = bake.bake(

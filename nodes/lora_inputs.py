@@ -31,7 +31,10 @@ def lora_inputs(suffix: str = "") -> list[io.Input]:
 
 
 def further_loras() -> io.Input:
-    """A choice of how many more, each with its inputs."""
+    """A choice of how many more, each with its inputs.
+
+    Nodes that have it accept all inputs: the host drops a choice it does not know, and says nothing.
+    """
     options = [
         io.DynamicCombo.Option(str(n), [i for k in range(n) for i in lora_inputs(f"_{k + 2}")])
         for n in range(MORE + 1)
@@ -41,9 +44,18 @@ def further_loras() -> io.Input:
     )
 
 
-def chosen(lora_name: str, strength: float, more: dict | None) -> list[tuple[Path, float]]:
-    """The files and strengths that a user chose, in order."""
-    more = more or {}
+def chosen(lora_name: str, strength: float, more: dict | str | None) -> list[tuple[Path, float]]:
+    """The files and strengths that a user chose, in order.
+
+    more    a dict with its inputs; as it was sent where it is none of the options, which the host leaves to the node
+
+    Raises ValueError for a number of LoRAs that is none of the options.
+    """
+    more = {} if more is None else more
+    if not isinstance(more, dict):
+        raise ValueError(
+            f'more: expected "0" to "{MORE}" further LoRAs, in quotes, got {more!r}. Send one of these.'
+        )
     pairs = [(lora_name, strength)]
     pairs += [
         (more[f"lora_name_{k + 2}"], more[f"strength_{k + 2}"]) for k in range(int(more.get("more", 0)))

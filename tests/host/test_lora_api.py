@@ -7,6 +7,7 @@ import math
 import pytest
 
 from svdquant_nodes.tests.host.test_demo import DEMO, NODE, demo, picture, psnr
+from svdquant_nodes.tools.host.client import PromptFailed
 
 LORA = DEMO[NODE["SVDQuantApplyLora"]]["inputs"]["lora_name"]
 MODEL, SAMPLE = NODE["SVDQuantLoadModel"], NODE["SVDQuantSample"]
@@ -104,3 +105,12 @@ def test_the_report_of_apply_lora(comfy):
     line = f"{LORA} at {{}}: LoRA, kohya naming; 12 layers of 36 tensors, rank 96 in all, 0.2 MB; exact"
     assert text.splitlines() == [line.format("0.75"), line.format("0.5")]
     assert line.format("0.75") in comfy.server.log_text()
+
+
+@pytest.mark.parametrize("more", ["9", 1], ids=["too-many", "a-number"])
+def test_a_number_of_loras_that_no_option_is(comfy, more):
+    prompt = demo(SVDQuantApplyLora={"more": more, "more.lora_name_2": LORA, "more.strength_2": 0.5})
+    with pytest.raises(
+        PromptFailed, match=f'more: expected "0" to "4" further LoRAs, in quotes, got {more!r}'
+    ):
+        comfy.client.run(prompt)
