@@ -7,6 +7,7 @@ diffusion models. Its T5 runs in fp32 whatever the weights are, so that fp16 wei
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...loaders.checkpoint import Checkpoint
-from ...loaders.detect import open_tensors, read_quantized
+from ...loaders.detect import explain, open_tensors, read_quantized
 from ...loaders.source import SCALES
 from ...loaders.tensorfile import TensorFile
 from ..kernels import ops as kernel_ops
@@ -34,7 +35,7 @@ from .operations import make_operations, quantized_linears
 
 log = logging.getLogger("svdquant-nodes")
 
-# What a family's encoder is made of, beside T5: for messages. The numbers of files are the host's.
+# What a family's encoder is made of, by the names of ENCODERS. The numbers of files are the host's.
 KINDS = {
     "flux": ("CLIP-L and T5", (2,)),
     "sd3": ("T5, alone or with CLIP-L and CLIP-G", (1, 2, 3)),
@@ -42,8 +43,17 @@ KINDS = {
     "chroma": ("T5", (1,)),
     "ltxv": ("T5", (1,)),
     "mochi": ("T5", (1,)),
-    "hidream": ("T5, alone or with Llama 3.1", (1, 2)),
+    "hidream": ("T5, alone or with Llama 3.1, CLIP-L or CLIP-G", (1, 2)),
 }
+
+# Encoders by a name that each has, the deeper ones first; OpenAI's own names for CLIP are the second ones.
+ENCODERS = (
+    ("CLIP-G", r"(text_model\.encoder\.layers|transformer\.resblocks)\.30\."),
+    ("CLIP-H", r"(text_model\.encoder\.layers|transformer\.resblocks)\.22\."),
+    ("CLIP-L", r"(text_model\.encoder\.layers|transformer\.resblocks)\.0\."),
+    ("T5", r"encoder\.block\.0\.layer\.0\.SelfAttention\."),
+    ("Llama 3.1", r"model\.layers\.0\.post_attention_layernorm\."),
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ def load_clip(request: Request, ops: ModuleType = kernel_ops, disable_dynamic: b
     opened = [open_tensors(path) for path in request.paths]
     checkpoint = _the_quantized(opened)
     if checkpoint is None:
+        _check_files(request, opened)
         files = [str(path) for path in request.paths]
         clip = comfy.sd.load_clip(files, _embeddings(), _type(request.kind), _devices(request.device))
     else:
@@ -110,6 +121,23 @@ def _the_quantized(opened: Sequence[TensorFile]) -> Checkpoint | None:
     return found[0] if found else None
 
 
+def _check_files(request: Request, opened: Sequence[TensorFile]) -> None:
+    """Each file holds an encoder that the type wants, and no two the same: the host would leave out what is missing."""
+    made_of, found = KINDS[request.kind][0], {}
+    for files in opened:
+        name = next((name for name, mark in ENCODERS if any(re.match(mark, key) for key in files)), None)
+        wanted = f"{files.path.name}: expected a text encoder for type {request.kind} ({made_of}), got"
+        if name is None:
+            raise ValueError(f"{wanted} {explain(files)}")
+        if name not in made_of:
+            raise ValueError(f"{wanted} {name}. Choose another file, or the type of the model it is for.")
+        if name in found:
+            raise ValueError(
+                f"{wanted} {name} a second time, after {found[name]}. Choose another file for one of them."
+            )
+        found[name] = files.path.name
+
+
 def _load(
     request: Request,
     opened: Sequence[TensorFile],
@@ -118,6 +146,7 @@ def _load(
     disable_dynamic: bool,
 ) -> comfy.sd.CLIP:
     family = family_of(checkpoint, "text encoder")
+    _check_files(request, opened)
     encoder = _encoder_state(checkpoint, family.map_names(checkpoint))
     given = set(encoder)
     states = [encoder if files is checkpoint.stored else _plain_state(files) for files in opened]

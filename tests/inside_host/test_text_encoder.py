@@ -202,12 +202,16 @@ def test_flux_has_clip_l_beside_it(path, encoder, clip_l, order):
     assert_close(cond, host.encode_from_tokens_scheduled(tokens)[0][0], "host_twin")
 
 
-def test_ordinary_files_go_to_the_hosts_loader(encoder, tmp_path):
-    path = made.save(tmp_path / "t5.safetensors", {n: t.half() for n, t in encoder.dense.items()})
+@pytest.fixture
+def sixteen_bits(encoder, tmp_path):
+    return made.save(tmp_path / "t5-fp16.safetensors", {n: t.half() for n, t in encoder.dense.items()})
+
+
+def test_ordinary_files_go_to_the_hosts_loader(sixteen_bits):
     with pytest.raises(
         RuntimeError, match="size mismatch for"
     ):  # a T5-XXL of its own, which this one is too small for
-        load_clip(Request((path,), "pixart"))
+        load_clip(Request((sixteen_bits,), "pixart"))
 
 
 def test_saving_is_refused(clip, tmp_path):
@@ -248,13 +252,50 @@ def test_two_of_four_bits(path):
 
 
 def test_quantized_partner(path, tmp_path):
-    other = made.save(
-        tmp_path / "clip_l.safetensors", {"x.scale_weight": torch.ones(1), "x.weight": torch.ones(2, 2)}
-    )
+    layer = "text_model.encoder.layers.0.mlp.fc1"
+    scaled = {f"{layer}.scale_weight": torch.ones(1), f"{layer}.weight": torch.ones(2, 2)}
+    other = made.save(tmp_path / "clip_l.safetensors", scaled)
     with pytest.raises(
-        ValueError, match="x.scale_weight: expected a 16-bit text encoder beside the 4-bit one"
+        ValueError, match="fc1.scale_weight: expected a 16-bit text encoder beside the 4-bit one"
     ):
         load_clip(Request((other, path), "flux"))
+
+
+DIFFUSION = {"double_blocks.0.img_attn.qkv.weight": torch.ones(4, 4)}
+OPENAI = {f"transformer.resblocks.{i}.ln_1.weight": torch.ones(4) for i in range(12)}
+CLIP_G = {f"text_model.encoder.layers.{i}.mlp.fc1.bias": torch.ones(4) for i in range(32)}
+UNFIT = {  # a file beside CLIP-L, type, message
+    "clip-l-twice": (None, "flux", r"clip_l\.safetensors: .* got CLIP-L a second time, after clip_l"),
+    "clip-l-twice-in-openai-names": (OPENAI, "flux", r"other\.safetensors: .* got CLIP-L a second time, after clip_l"),
+    "diffusion-model": (DIFFUSION, "flux", r"other\.safetensors: .* \(CLIP-L and T5\), got none: an ordinary"),
+    "clip-g": (CLIP_G, "flux", r"got CLIP-G\. Choose another"),
+    "vae": ({"decoder.conv_in.weight": torch.ones(4)}, "sd3", "got a VAE. Load it with ComfyUI's Load VAE"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "kind", "message"), UNFIT.values(), ids=UNFIT)
+def test_files_that_do_not_go_together(clip_l, tmp_path, tensors, kind, message):
+    other = made.save(tmp_path / "other.safetensors", tensors) if tensors else clip_l
+    with pytest.raises(ValueError, match=message):
+        load_clip(Request((clip_l, other), kind))
+
+
+def test_an_unfit_file_beside_four_bits(path, tmp_path):
+    other = made.save(tmp_path / "other.safetensors", DIFFUSION)
+    with pytest.raises(ValueError, match=r"other\.safetensors: .* got none: an ordinary 16-bit model"):
+        load_clip(Request((other, path), "flux"))
+
+
+def test_a_16_bit_encoder_of_the_same_kind(path, sixteen_bits):
+    with pytest.raises(ValueError, match=r"t5\.safetensors: .* got T5 a second time, after t5-fp16"):
+        load_clip(Request((sixteen_bits, path), "flux"))
+
+
+def test_one_encoder_that_the_type_does_not_have(clip_l):
+    with pytest.raises(
+        ValueError, match=r"type pixart \(T5\), got CLIP-L\. Choose another file, or the type"
+    ):
+        load_clip(Request((clip_l,), "pixart"))
 
 
 def test_each_kind_of_file_names_its_node(path):
