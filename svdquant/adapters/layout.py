@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core import linear as core
 from ..core import reference
@@ -97,6 +98,39 @@ def unpack(buffer: Tensor, params: Params) -> tuple[Part, ...]:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """Parts, and what they were made of; the address tells whether the buffer got other memory since."""
+
+    params: Params
+    bias: Tensor | None
+    address: int
+    parts: Sequence[Part]
+
+    def still_of(self, weight: QuantizedTensor, bias: Tensor | None) -> bool:
+        same = self.params is weight._params and self.bias is bias
+        return same and self.address == weight._qdata.data_ptr()
+
+
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by buffer, and dropped with it
+
+
+def parts_of(weight: QuantizedTensor, bias: Tensor | None) -> Sequence[Part]:
+    """The parts of a layer with its bias, made once for as long as its buffer lives.
+
+    Views and their checks take longer than a small product. A layer that is streamed has another buffer at each step,
+    and its parts go with it. torch.compile sees them made, since it traces no dictionary of weak references.
+    """
+    buffer, params = weight._qdata, weight._params
+    if torch.compiler.is_compiling():
+        return core.with_bias(unpack(buffer, params), bias)
+    made = _made.get(buffer)
+    if made is None or not made.still_of(weight, bias):
+        views = unpack(buffer.detach(), params)  # of an alias: a view may keep alive what it was taken of
+        made = _made[buffer] = _Made(params, bias, buffer.data_ptr(), core.with_bias(views, bias))
+    return made.parts
+
+
 def _view(buffer: Tensor, field: Field) -> Tensor:
     return buffer[field.offset : field.offset + field.nbytes].view(field.dtype).view(field.shape)
 
@@ -157,4 +191,4 @@ def register() -> None:
 def _linear(qt: QuantizedTensor, args, kwargs) -> Tensor:
     """F.linear(x, W, bias) by code that holds the weight itself instead of calling the layer."""
     x, w, bias = (*args, None)[:3]
-    return core.forward(x, unpack(w._qdata, w._params), bias, (), ops)
+    return core.forward(x, parts_of(w, bias), None, (), ops)

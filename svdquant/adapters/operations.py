@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core import linear as core
 from ..core.linear import Branch
-from .layout import dense, shift_compensation, unpack
+from .layout import dense, parts_of, shift_compensation, unpack
 from .residence import Residence
 
 
@@ -110,7 +110,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         if self.wrappers or not isinstance(weight, QuantizedTensor):
             y = self._forward_dense(x, weight, bias, branches)
         else:
-            y = core.forward(x, unpack(weight._qdata, weight._params), bias, branches, self.op_set)
+            y = core.forward(x, parts_of(weight, bias), None, branches, self.op_set)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
 

@@ -125,6 +125,75 @@ def test_code_that_holds_a_weight_itself_computes_as_the_layer_does(quantized):
         assert torch.equal(torch.nn.functional.linear(x, layer.weight, layer.bias), layer(x)), key
 
 
+class TestPartsAreMadeOnce:
+    """Views, checks and the bias of a layer are put together once for as long as its buffer lives."""
+
+    @pytest.fixture(params=["one-part", "two-parts"])
+    def layer(self, quantized, request):
+        found = [layer for _, layer in quantized_linears(quantized.model) if layer.bias is not None]
+        return next(l for l in found if (len(l.weight._params.entries) > 1) == (request.param == "two-parts"))
+
+    def test_and_are_those_that_are_made_anew(self, layer):
+        made, weight = layout.parts_of(layer.weight, layer.bias), layer.weight
+        assert layout.parts_of(weight, layer.bias) is made
+        fresh = linear.with_bias(layout.unpack(weight._qdata, weight._params), layer.bias)
+        for one, other in zip(made, fresh, strict=True):
+            assert (one.row, one.column, one.weights.spec) == (other.row, other.column, other.weights.spec)
+            ours, theirs = one.weights.tensors(), other.weights.tensors()
+            assert list(ours) == list(theirs)
+            assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in ours)
+        x = torch.randn(3, layer.in_features)
+        assert torch.equal(layer(x), linear.forward(x, fresh, None, (), layer.op_set))
+
+    def test_another_bias_is_not_the_old_one(self, layer):
+        x = torch.randn(3, layer.in_features)
+        before, old = layer(x), layer.bias
+        try:
+            layer.bias = torch.nn.Parameter(old + 1, requires_grad=False)
+            after = layer(x)
+            fresh = layout.unpack(layer.weight._qdata, layer.weight._params)
+            assert torch.equal(after, linear.forward(x, fresh, layer.bias, (), layer.op_set))
+        finally:
+            layer.bias = old
+        assert not torch.equal(after, before)
+        assert torch.equal(layer(x), before)
+
+    def test_a_bias_that_is_changed_in_place_is_seen(self, layer):
+        bias = layer.bias.clone()
+        made = layout.parts_of(layer.weight, bias)
+        bias += 1
+        assert layout.parts_of(layer.weight, bias) is made
+        assert torch.equal(torch.cat([p.weights.bias for p in made if p.weights.bias is not None]), bias)
+
+    def test_and_go_with_the_buffer(self, layer):
+        """A streamed layer's buffer is one step's own: nothing of it may stay."""
+        weight = layer.weight.clone()
+        seen = [weakref.ref(weight._qdata)]
+        made = layout.parts_of(weight, layer.bias)
+        seen += [
+            weakref.ref(t) for part in made for name, t in part.weights.tensors().items() if name != "bias"
+        ]
+        assert layout.parts_of(layer.weight, layer.bias) is not made
+        del weight, made
+        assert [ref() for ref in seen] == [None] * len(seen)
+
+    def test_are_made_anew_where_the_layer_moved(self, layer):
+        here, parameters = layout.parts_of(layer.weight, layer.bias), dict(layer._parameters)
+        layer.to(META)
+        there = layout.parts_of(layer.weight, layer.bias)
+        assert {t.device for part in there for t in part.weights.tensors().values()} == {META}
+        layer._parameters.update(parameters)
+        assert layout.parts_of(layer.weight, layer.bias) is here
+
+    def test_a_buffer_with_other_memory_is_another_buffer(self, layer):
+        weight = layer.weight.clone()
+        made = layout.parts_of(weight, None)
+        weight._qdata.data = weight._qdata.clone()
+        again = layout.parts_of(weight, None)
+        assert again is not made
+        assert again[0].weights.codes.data_ptr() == weight._qdata.data_ptr()
+
+
 def layers_of(model):
     return [layer for _, layer in quantized_linears(model.model)]
 
