@@ -15,6 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .lora_fused import parts_of, share
+
 _AS_THEY_ARE = (
     *("alpha", "dora_scale", "reshape_weight", "diff", "diff_b", "w_norm", "b_norm", "set_weight"),
     *("rescale", "oft_blocks", "a1.weight", "a2.weight", "b1.weight", "b2.weight"),
@@ -126,19 +128,20 @@ def rename(path: Path, tensors: Mapping[str, Tensor], known: Mapping[str, Hashab
     unmatched, namings = [], Counter()
     for name, tensor in tensors.items():
         module, tail = split(name)
-        target = next((c for c in candidates(module, tail) if c in known), None) if tail else None
-        if target is None:
+        targets = _targets(module, tail, known) if tail else ()
+        if not targets:
             unmatched.append(name)
             continue
-        source = sources.setdefault(known[target], {})
-        if tail in source:
-            raise ValueError(
-                f"{path.name}: {name}: expected one {tail} for this layer, got also {source[tail]}. "
-                "Two namings are mixed; use the file its trainer wrote."
-            )
-        source[tail] = name
-        modules.setdefault(target, {})[tail] = _column(tensor) if tail == "dora_scale" else tensor
         namings[naming(name)] += 1
+        for target, part in zip(targets, share(path, name, tail, tensor, len(targets)), strict=True):
+            source = sources.setdefault(known[target], {})
+            if tail in source:
+                raise ValueError(
+                    f"{path.name}: {name}: expected one {tail} for this layer, got also {source[tail]}. "
+                    "Two namings are mixed; use the file its trainer wrote."
+                )
+            source[tail] = name
+            modules.setdefault(target, {})[tail] = _column(part) if tail == "dora_scale" else part
     for target in list(modules):
         if set(modules[target]) <= _IDLE:
             unmatched += [sources[known[target]][tail] for tail in modules.pop(target)]
@@ -147,7 +150,17 @@ def rename(path: Path, tensors: Mapping[str, Tensor], known: Mapping[str, Hashab
     common = namings.most_common(1)
     named = common[0][0] if common else "unknown"
     for_clip = tuple(filter(for_text_encoder, unmatched))
-    return Renamed(modules, tuple(n for n in unmatched if n not in for_clip), named, for_clip)
+    left = dict.fromkeys(unmatched)  # once each: parts of a fused layer have one name in the file
+    return Renamed(modules, tuple(n for n in left if n not in for_clip), named, for_clip)
+
+
+def _targets(module: str, tail: str, known: Mapping[str, Hashable]) -> tuple[str, ...]:
+    """The known name of a module, or those of the parts that a fused one has here; none where any is unknown."""
+    for parts in ((module,), *parts_of(module)):
+        found = [next((c for c in candidates(part, tail) if c in known), "") for part in parts]
+        if all(found):
+            return tuple(found)
+    return ()
 
 
 def split(name: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.linear import Branch
 from .family import Family, Layer, Mapped, Stored
+from .lora_diffusers import diffusers_names
 
 PREFIX = "diffusion_model."
 
@@ -74,9 +75,9 @@ def names_of(checkpoint, family: Family, mapped: Mapped) -> dict[str, Place]:
         n, k = pieces[-1].rows.stop, pieces[-1].columns.stop
         for module, place in _aliases(family, host, pieces, mapped.axes[host]):
             known.setdefault(module, place)
-        known |= dict.fromkeys(_forms(host), Place(host, (0, n), (0, k)))
+        _add(known, host, Place(host, (0, n), (0, k)))
     for host in mapped.plain:
-        known |= dict.fromkeys(_forms(host.removesuffix(".weight")), Place(host))
+        _add(known, host.removesuffix(".weight"), Place(host))
         for plain in family.plain:
             match = len(plain.names) == 1 and re.fullmatch(_pattern(plain.host), host)
             if match:
@@ -84,6 +85,13 @@ def names_of(checkpoint, family: Family, mapped: Mapped) -> dict[str, Place]:
                 for form in _forms(alias):
                     known.setdefault(form, Place(host, change=plain.change))
     return known
+
+
+def _add(known: dict[str, Place], module: str, place: Place) -> None:
+    """A host module under its own name, and under diffusers' where nothing else has that."""
+    known |= dict.fromkeys(_forms(module), place)
+    for form in (form for name in diffusers_names(module) for form in _forms(name)):
+        known.setdefault(form, place)
 
 
 def _pattern(template: str) -> str:

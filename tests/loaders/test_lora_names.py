@@ -257,3 +257,51 @@ def test_leftovers_of_another_family_are_told_from_those_of_this_one():
     assert guess_other_family([flux], ["transformer_blocks.0.img_mlp.net.2"]) == "FLUX"
     assert guess_other_family([flux], ["lora_unet_single_transformer_blocks_0_proj_out"]) == ""
     assert guess_other_family(["something.else"], []) == ""
+
+
+SPLIT = {f"diffusion_model.blocks.0.attn.to_{x}": x for x in "qkv"}
+FUSED = "blocks.0.attn.to_qkv"
+CUT_BY_ROWS = {
+    "lora": ("lora_A.weight", "lora_B.weight"),
+    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    "difference": ("diff",),
+}
+BY_ROWS = ("lora_up.weight", "diff", "hada_w1_a", "hada_w2_a", "dora_scale")
+
+
+@pytest.mark.parametrize("tails", CUT_BY_ROWS.values(), ids=CUT_BY_ROWS)
+def test_a_fused_layer_is_cut_by_rows(tails):
+    tensors = {f"{FUSED}.{tail}": torch.randn(6, 6) for tail in tails}
+    tensors |= {f"{FUSED}.alpha": torch.tensor(2.0), f"{FUSED}.dora_scale": torch.rand(6, 1)}
+    renamed = rename(FILE, tensors, SPLIT)
+    assert list(renamed.modules) == list(SPLIT) and renamed.unmatched == ()
+    for name, whole in tensors.items():
+        tail = split(name)[1]
+        parts = [members[tail] for members in renamed.modules.values()]
+        assert torch.equal(torch.cat(parts) if tail in BY_ROWS else parts[0], whole), name
+
+
+UNCUT = {
+    "odd-rows": ({"lora_B.weight": tensor(4, 2)}, "expected rows for 3 parts of one size, got 4"),
+    "lokr": ({"lokr_w1": tensor(), "lokr_w2": tensor()}, r"lokr_w1: this model has the layer in 3 parts"),
+    "dora-of-columns": (
+        {"lora_A.weight": tensor(2, 4), "lora_B.weight": tensor(6, 2), "dora_scale": tensor(1, 4)},
+        "dora_scale: this model has the layer in 3 parts",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "message"), UNCUT.values(), ids=UNCUT)
+def test_what_cannot_be_cut_by_rows_is_refused(tensors, message):
+    with pytest.raises(ValueError, match=message):
+        rename(FILE, {f"{FUSED}.{tail}": t for tail, t in tensors.items()}, SPLIT)
+
+
+def test_a_fused_layer_with_a_part_that_is_unknown_is_left_over():
+    known = {name: layer for name, layer in SPLIT.items() if layer != "v"}
+    tensors = {f"{FUSED}.lora_A.weight": tensor(2, 4), f"{FUSED}.lora_B.weight": tensor(6, 2)}
+    assert set(rename(FILE, tensors, known).unmatched) == set(tensors)
+
+
+def test_an_alpha_alone_of_a_fused_layer_is_left_over_once():
+    assert rename(FILE, {f"{FUSED}.alpha": torch.ones(())}, SPLIT).unmatched == (f"{FUSED}.alpha",)
