@@ -48,3 +48,13 @@ def test_hex_dump_is_decoded_rightly():
 @pytest.mark.parametrize("name, cap", [("numerics.md", 150), ("format.md", 250)])
 def test_documents_stay_short(name, cap):
     assert len(text(name).splitlines()) <= cap
+
+
+ENGINE = DOCS.parent / "svdquant"
+MODULES = sorted(p.relative_to(ENGINE) for p in ENGINE.glob("*/*.py") if p.stem != "__init__")
+
+
+def test_architecture_places_every_module():
+    table = re.findall(r"^\| `(\w+)/`: .+? \| (.+) \|$", text("architecture.md"), re.MULTILINE)
+    told = sorted(Path(room, f"{name}.py") for room, files in table for name in re.findall(r"`(\w+)`", files))
+    assert told == MODULES

@@ -1,4 +1,4 @@
-"""The three methods of the host's patcher that must act differently on quantized layers.
+"""The methods of the host's patcher that must act differently on quantized layers.
 
 They are shadowed on the instance, never on the class, and hold the patcher weakly: the host frees models by reference
 count. `clone()` makes a new instance, so the ON_CLONE callback shadows that one as well.
