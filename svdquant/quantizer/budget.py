@@ -69,21 +69,10 @@ def within_size(units: Units, limit: int) -> list[Form]:
         more = form.nbytes - chosen[i].nbytes
         if more <= free:
             chosen[i], free = form, free - more
-    while better := _best_fit(units, chosen, free):
+    while better := _best_exchange(units, chosen, free, less="loss", more="nbytes"):
         i, form = better
         chosen[i], free = form, free - (form.nbytes - chosen[i].nbytes)
     return chosen
-
-
-def _best_fit(units: Units, chosen: list[Form], free: int) -> tuple[int, Form] | None:
-    """The exchange that repairs most within the free bytes."""
-    fitting = [
-        (chosen[i].loss - form.loss, i, form)
-        for i, forms in enumerate(units)
-        for form in forms
-        if form.nbytes - chosen[i].nbytes <= free and form.loss < chosen[i].loss
-    ]
-    return max(fitting, key=lambda found: found[0])[1:] if fitting else None
 
 
 def within_loss(units: Units, limit: float) -> list[Form]:
@@ -101,19 +90,22 @@ def within_loss(units: Units, limit: float) -> list[Form]:
         raise ValueError(
             "error: expected a limit that some choice of forms keeps, got a smaller one. Allow 16 bits."
         )
-    while smaller := _best_saving(units, chosen, limit - loss(chosen)):
+    while smaller := _best_exchange(units, chosen, limit - loss(chosen), less="nbytes", more="loss"):
         i, form = smaller
         chosen[i] = form
     return chosen
 
 
-def _best_saving(units: Units, chosen: list[Form], free: float) -> tuple[int, Form] | None:
-    """The exchange that saves most bytes within the free loss."""
+def _best_exchange(
+    units: Units, chosen: list[Form], free: float, *, less: str, more: str
+) -> tuple[int, Form] | None:
+    """The exchange that takes most off the field `less` and adds at most `free` to the field `more`."""
     fitting = [
-        (chosen[i].nbytes - form.nbytes, i, form)
+        (getattr(chosen[i], less) - getattr(form, less), i, form)
         for i, forms in enumerate(units)
         for form in forms
-        if form.loss - chosen[i].loss <= free and form.nbytes < chosen[i].nbytes
+        if getattr(form, more) - getattr(chosen[i], more) <= free
+        and getattr(form, less) < getattr(chosen[i], less)
     ]
     return max(fitting, key=lambda found: found[0])[1:] if fitting else None
 
