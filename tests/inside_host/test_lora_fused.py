@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from svdquant_nodes.loaders.source import open_source
 from svdquant_nodes.svdquant.adapters.bake import bake
 from svdquant_nodes.svdquant.adapters.load import load_model
 from svdquant_nodes.svdquant.adapters.lora import apply_lora
-from svdquant_nodes.tests.inside_host import loras, small
+from svdquant_nodes.svdquant.adapters.plans import make_plan
+from svdquant_nodes.svdquant.quantizer import stream
+from svdquant_nodes.tests.inside_host import loras, published, small
 from svdquant_nodes.tests.inside_host.test_lora_families import (
     NAMINGS,
     RANK,
@@ -46,7 +50,6 @@ FUSED = {
         "blocks.1.attn2.to_kv": [f"blocks.1.cross_attn.{x}" for x in "kv"],
     },
 }
-BAKED = ("qwen-image", "z-image", "wan")  # whose files in the host's names a LoRA in diffusers' names fits
 
 
 def lora_and_truth(naming, family, dense):
@@ -78,15 +81,32 @@ def test_each_part_gets_its_rows(family, naming, tmp_path):
     assert_close(small.sample(family, joined), expected, "host_twin")
 
 
-@pytest.mark.parametrize("family", BAKED)
-def test_baked_is_applied(family, tmp_path):
-    model, before, _ = twins_of(family)
-    small.write(family, tmp_path / "base.safetensors")
-    path = written(tmp_path, lora_and_truth(NAMINGS["diffusers"], family, model.dense)[0])
+def in_the_hosts_names(family, folder):
+    small.write(family, folder / "base.safetensors")
+
+
+def in_its_published_layout(family, folder):
+    source = folder / "source.safetensors"
+    save_file(published.random_weights(small.SMALL[family].model()), source)
+    plan = make_plan(open_source(source), rank=16)
+    stream.quantize(plan, folder / "base.safetensors", stream.Settings("instant"))
+
+
+BASES = [(in_the_hosts_names, family) for family in ("qwen-image", "z-image", "wan")]
+BASES += [(in_its_published_layout, family) for family in ("qwen-image", "z-image")]
+BASES += [pytest.param(in_its_published_layout, "sdxl", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("write", "family"), BASES)
+def test_baked_is_applied(write, family, tmp_path):
+    write(family, tmp_path)
+    path = written(tmp_path, lora_and_truth(NAMINGS["diffusers"], family, twins_of(family)[0].dense)[0])
     baked = bake(tmp_path / "base.safetensors", [(path, 1.0)], tmp_path / "baked.safetensors")
-    assert baked.unmatched == () and baked.rest is None
+    assert baked.unmatched == ()
     with small.detecting(small.SMALL[family]):
-        ours = small.sample(family, load_model(baked.target, ops=EXACT_ACTIVATIONS))
-    wanted = small.sample(family, apply_lora(model.quantized, path, 1.0)[0])
-    assert error(wanted, before) > 1e-3
-    assert_close(ours, wanted, "host_twin")
+        base, ours = (
+            load_model(tmp_path / f"{name}.safetensors", ops=EXACT_ACTIVATIONS) for name in ("base", "baked")
+        )
+    wanted = small.sample(family, apply_lora(base, path, 1.0)[0])
+    assert error(wanted, small.sample(family, base)) > 1e-3
+    assert_close(small.sample(family, ours), wanted, "host_twin")
