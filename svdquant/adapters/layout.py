@@ -100,16 +100,20 @@ def unpack(buffer: Tensor, params: Params) -> tuple[Part, ...]:
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """Parts, and what they were made of; the address tells whether the buffer got other memory since."""
+    """Parts, and what they were made of; addresses tell whether a tensor was given other memory since."""
 
     params: Params
     bias: Tensor | None
-    address: int
+    addresses: tuple[int, int]
     parts: Sequence[Part]
 
     def still_of(self, weight: QuantizedTensor, bias: Tensor | None) -> bool:
         same = self.params is weight._params and self.bias is bias
-        return same and self.address == weight._qdata.data_ptr()
+        return same and self.addresses == _addresses(weight._qdata, bias)
+
+
+def _addresses(buffer: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    return buffer.data_ptr(), 0 if bias is None else bias.data_ptr()
 
 
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by buffer, and dropped with it
@@ -127,7 +131,8 @@ def parts_of(weight: QuantizedTensor, bias: Tensor | None) -> Sequence[Part]:
     made = _made.get(buffer)
     if made is None or not made.still_of(weight, bias):
         views = unpack(buffer.detach(), params)  # of an alias: a view may keep alive what it was taken of
-        made = _made[buffer] = _Made(params, bias, buffer.data_ptr(), core.with_bias(views, bias))
+        parts = core.with_bias(views, bias)
+        made = _made[buffer] = _Made(params, bias, _addresses(buffer, bias), parts)
     return made.parts
 
 

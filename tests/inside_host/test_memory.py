@@ -185,13 +185,16 @@ class TestPartsAreMadeOnce:
         layer._parameters.update(parameters)
         assert layout.parts_of(layer.weight, layer.bias) is here
 
-    def test_a_buffer_with_other_memory_is_another_buffer(self, layer):
-        weight = layer.weight.clone()
-        made = layout.parts_of(weight, None)
-        weight._qdata.data = weight._qdata.clone()
-        again = layout.parts_of(weight, None)
-        assert again is not made
+    @pytest.mark.parametrize("which", ["buffer", "bias"])
+    def test_a_tensor_with_other_memory_is_another_tensor(self, layer, which):
+        weight, bias = layer.weight.clone(), layer.bias.clone()
+        made = layout.parts_of(weight, bias)
+        moved = {"buffer": weight._qdata, "bias": bias}[which]
+        moved.data = moved.clone()
+        again = layout.parts_of(weight, bias)
+        assert again is not made and layout.parts_of(weight, bias) is again
         assert again[0].weights.codes.data_ptr() == weight._qdata.data_ptr()
+        assert again[0].weights.bias.data_ptr() == bias.data_ptr()
 
 
 def layers_of(model):
