@@ -29,13 +29,19 @@ import pack
 
 pack.alias()
 from svdquant_nodes.benchmarks import timing
-from svdquant_nodes.svdquant.core import linear, reference
+from svdquant_nodes.svdquant.core import int8, linear, reference
 from svdquant_nodes.svdquant.core.linear import Part
 from svdquant_nodes.svdquant.core.weights import AWQ, INT4, INT4_UNSIGNED, NVFP4, LinearWeights
 from svdquant_nodes.svdquant.kernels import ops, select
 
 CACHE_BYTES = 128 * 2**20  # larger than the last cache of most processors
-FORMATS = {"w4a4": INT4, "w4a4_unsigned": INT4_UNSIGNED, "nvfp4": NVFP4, "awq": AWQ}
+FORMATS = {
+    "w4a4": INT4,
+    "w4a4_unsigned": INT4_UNSIGNED,
+    "nvfp4": NVFP4,
+    "awq": AWQ,
+    "w8a8": INT4,
+}  # as stored
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 NO_AVX512 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
@@ -87,7 +93,7 @@ def contenders(options: argparse.Namespace) -> dict[str, timing.Contender]:
     m, n, k = options.shape
     x = torch.randn(m, k)
     calls = {"torch_fp32": dense(x, n), "torch_bf16": dense(x.bfloat16(), n)}
-    layers = [random_linear(options, seed) for seed in range(copies(n * k // 2))]
+    layers = [random_linear(options, seed) for seed in range(copies(weight_bytes(options)))]
     if options.format == "w4a4" and importlib.util.find_spec("comfy_kitchen"):
         calls["comfy_kitchen_eager"] = kitchen(x.bfloat16(), layers[0])
     for name, op_set in op_sets(options.isa).items():
@@ -100,6 +106,11 @@ def op_sets(isa: str) -> dict[str, object]:
     here = [row.name for row in select.SPELLINGS if row.name in ops.device("cpu").features]
     named = {name: ops.OpSet(name) for name in here if not (isa == "avx2" and name == "avx512")}
     return {**named, "reference": reference}
+
+
+def weight_bytes(options: argparse.Namespace) -> int:
+    _, n, k = options.shape
+    return n * k if options.format == "w8a8" else n * k // 2
 
 
 def copies(nbytes: int) -> int:
@@ -130,7 +141,8 @@ def random_linear(options: argparse.Namespace, seed: int) -> LinearWeights:
     )
     if spec.format == "nvfp4":
         return LinearWeights(spec, codes, scales.to(torch.float8_e4m3fn), torch.ones(1).to(t), **branch)
-    return LinearWeights(spec, codes, scales.to(t), **branch)
+    weights = LinearWeights(spec, codes, scales.to(t), **branch)
+    return int8.requantize(weights) if options.format == "w8a8" else weights
 
 
 def quantized(x: Tensor, layers: list[LinearWeights], op_set: object) -> timing.Contender:
@@ -157,7 +169,7 @@ def kitchen(x: Tensor, w: LinearWeights) -> timing.Contender:
 
 
 def table(rows: list[timing.Timing], options: argparse.Namespace) -> str:
-    """Medians with what they mean: against torch, operations, and 4-bit weights read."""
+    """Medians with what they mean: against torch, operations, and weights read."""
     m, n, k = options.shape
     times = {row.name: row.median_ms for row in rows}
     machine = timing.machine()
@@ -169,7 +181,7 @@ def table(rows: list[timing.Timing], options: argparse.Namespace) -> str:
     ]
     for row in rows:
         speed = 2e-6 * m * n * k / row.median_ms
-        read = 1e-6 * n * k / 2 / row.median_ms if row.name.startswith("svdquant") else None
+        read = 1e-6 * weight_bytes(options) / row.median_ms if row.name.startswith("svdquant") else None
         lines.append(
             f"{row.name:30}{row.median_ms:9.3f}{row.p10_ms:9.3f}{row.p90_ms:9.3f}   "
             f"{times['torch_fp32'] / row.median_ms:9.2f}{times['torch_bf16'] / row.median_ms:9.2f}{speed:8.0f}"

@@ -17,6 +17,7 @@ EIGHT_BITS = {  # of which stored layer: the forms that no file holds
     "int8-of-int4-unsigned": "int4-unsigned",
     "int8-of-nvfp4": "nvfp4",
 }
+COMPUTED = (*FORMATS, *EIGHT_BITS)  # every form that the ops take
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

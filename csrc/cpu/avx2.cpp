@@ -107,9 +107,9 @@ void smooth(const float* x, const float* smooth, bool shifted, float shift, DTyp
 // ---- activations to codes ----
 
 // As in portable.cpp: the integer maximum of the magnitudes' bits keeps NaN.
-float absmax(const float* x, int count) {
+float absmax(const float* x, int64_t count) {
   __m256i top = _mm256_setzero_si256();
-  for (int i = 0; i < count; i += 8) {
+  for (int64_t i = 0; i < count; i += 8) {
     top = _mm256_max_epu32(top, _mm256_and_si256(load_bytes(x + i), _mm256_set1_epi32(0x7fffffff)));
   }
   __m128i half = _mm_max_epu32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
@@ -118,28 +118,28 @@ float absmax(const float* x, int count) {
   return float_of(static_cast<uint32_t>(_mm_cvtsi128_si32(half)));
 }
 
-__m256i int4_codes(__m256 v, __m256 divisor, __m256 low, __m256 high) {
+__m256i int_codes(__m256 v, __m256 divisor, __m256 low, __m256 high) {
   __m256 q = _mm256_round_ps(_mm256_div_ps(v, divisor), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256 number = _mm256_cmp_ps(q, q, _CMP_ORD_Q);
   q = _mm256_min_ps(_mm256_max_ps(q, low), high);
   return _mm256_cvtps_epi32(_mm256_and_ps(q, number));
 }
 
-// 32 integers to 32 bytes in order: packing works in 128-bit halves, the permutation mends it.
-__m256i to_bytes(__m256i a, __m256i b, __m256i c, __m256i d) {
-  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+// 16 integers stored as 16 bytes in order: packing works in 128-bit halves, the permutation mends it.
+void store_as_bytes(void* p, __m256i a, __m256i b) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(static_cast<__m128i*>(p), bytes);
 }
 
-void codes_int4(const float* xs, int64_t groups, int q_max, int q_min, int8_t* codes, float* alpha) {
+void codes_int(const float* xs, int64_t groups, int64_t size, int q_max, int q_min, int8_t* codes, float* alpha) {
   const __m256 high = _mm256_set1_ps(static_cast<float>(q_max)), low = _mm256_set1_ps(static_cast<float>(q_min));
   for (int64_t g = 0; g < groups; ++g) {
-    alpha[g] = absmax(xs + g * 64, 64) * (1.0f / static_cast<float>(q_max));
+    alpha[g] = absmax(xs + g * size, size) * (1.0f / static_cast<float>(q_max));
     const __m256 divisor = _mm256_set1_ps(alpha[g] == 0.0f ? 1.0f : alpha[g]);
-    for (int64_t i = g * 64; i < (g + 1) * 64; i += 32) {
-      __m256i q[4];
-      for (int j = 0; j < 4; ++j) q[j] = int4_codes(_mm256_loadu_ps(xs + i + 8 * j), divisor, low, high);
-      store_bytes(codes + i, to_bytes(q[0], q[1], q[2], q[3]));
+    for (int64_t i = g * size; i < (g + 1) * size; i += 16) {
+      const __m256i first = int_codes(_mm256_loadu_ps(xs + i), divisor, low, high);
+      store_as_bytes(codes + i, first, int_codes(_mm256_loadu_ps(xs + i + 8), divisor, low, high));
     }
   }
 }
@@ -163,8 +163,7 @@ void codes_e2m1(const float* xs, int64_t groups, uint8_t* codes, float* alpha) {
     const __m256 reciprocal = _mm256_set1_ps(alpha[g] == 0.0f ? 0.0f : 1.0f / alpha[g]);
     const __m256i first = e2m1_codes(_mm256_mul_ps(_mm256_loadu_ps(xs + g * 16), reciprocal));
     const __m256i second = e2m1_codes(_mm256_mul_ps(_mm256_loadu_ps(xs + g * 16 + 8), reciprocal));
-    const __m256i bytes = to_bytes(first, second, first, second);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + g * 16), _mm256_castsi256_si128(bytes));
+    store_as_bytes(codes + g * 16, first, second);
   }
 }
 
@@ -298,13 +297,15 @@ void unpack(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable
   }
 }
 
-void interleave(const float* from, int64_t stride, float* to) {
+void interleave(const void* from, int64_t stride, void* to) {
+  const char* words = static_cast<const char*>(from);
+  char* columns = static_cast<char*>(to);
   for (int64_t j = 0; j < stride; j += 8) {
     for (int64_t half = 0; half < 2; ++half) {
       __m256i v[8];
-      for (int i = 0; i < 8; ++i) v[i] = load_bytes(from + (half * 8 + i) * stride + j);
+      for (int i = 0; i < 8; ++i) v[i] = load_bytes(words + ((half * 8 + i) * stride + j) * 4);
       transpose(v);
-      for (int i = 0; i < 8; ++i) store_bytes(to + (j + i) * kPanel + half * 8, v[i]);
+      for (int i = 0; i < 8; ++i) store_bytes(columns + ((j + i) * kPanel + half * 8) * 4, v[i]);
     }
   }
 }
@@ -354,6 +355,43 @@ void multiply_steps(const Tile& t) {
 }
 
 void multiply(const Tile& t, int64_t group) { group == 16 ? multiply_steps<4>(t) : multiply_steps<16>(t); }
+
+__m256i widen16(const uint8_t* p) {
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// Eight rows of a panel. Products of 8-bit codes need 16 bits, and a sum 32: bytes are widened, and madd adds pairs, so
+// that a row has two sums.
+template <int kRows>
+void multiply_int8_rows(const Tile& t, int64_t row, int64_t first, int64_t k) {
+  const uint8_t* panel = t.panel + first * 4;
+  __m256i sums[kRows][2];
+  for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = _mm256_setzero_si256();
+  for (int64_t i = 0; i < k; i += 4, panel += 4 * kPanel) {
+    const __m256i w0 = widen16(panel), w1 = widen16(panel + 16);
+    for (int m = 0; m < kRows; ++m) {
+      const __m256i a = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(broadcast4(t.acts + (row + m) * k + i)));
+      sums[m][0] = _mm256_add_epi32(sums[m][0], _mm256_madd_epi16(w0, a));
+      sums[m][1] = _mm256_add_epi32(sums[m][1], _mm256_madd_epi16(w1, a));
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    const __m256i rows01452367 = _mm256_hadd_epi32(sums[m][0], sums[m][1]);
+    const __m256i total = _mm256_permute4x64_epi64(rows01452367, 0xd8);
+    const __m256i sum = _mm256_add_epi32(total, _mm256_set1_epi32(t.starts[row + m]));
+    const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(t.weight_scales + first));
+    float* out = t.out + (row + m) * t.out_stride + first;
+    _mm256_storeu_ps(out, _mm256_fmadd_ps(scaled, _mm256_broadcast_ss(t.scales + row + m), _mm256_loadu_ps(out)));
+  }
+}
+
+void multiply_int8(const Tile& t, int64_t k) {
+  for (int64_t first = 0; first < kPanel; first += 8) {
+    int64_t row = 0;
+    for (; row + 4 <= t.rows; row += 4) multiply_int8_rows<4>(t, row, first, k);
+    for (; row < t.rows; ++row) multiply_int8_rows<1>(t, row, first, k);
+  }
+}
 
 // `dot4` has a block's sums in eight words, each of eight columns: the first two for columns 0 to 15, then 32 to 47,
 // 16 to 31 and 48 to 63. This spreads a group's number over its words.
@@ -466,8 +504,9 @@ bool supported() { return has_avx2(); }
 }  // namespace
 
 const Spelling* avx2() {
-  static const Spelling spelling = {"avx2", supported,  widen,    smooth, codes_int4, codes_e2m1, project, arrange,
-                                    unpack, interleave, multiply, dot4,   branch, order_awq,  dot_awq};
+  static const Spelling spelling = {
+      "avx2", supported, widen, smooth, codes_int, codes_e2m1, project, arrange, unpack, interleave, multiply,
+      multiply_int8, dot4, branch, order_awq, dot_awq};
   return &spelling;
 }
 

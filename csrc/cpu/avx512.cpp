@@ -19,17 +19,18 @@ __m512i broadcast4(const int8_t* p) {
   return _mm512_set1_epi32(word);
 }
 
+// A group is `steps` steps: kSteps of them where that is not zero, and then the compiler knows it.
 template <int kRows, int kSteps>
-void multiply_rows(const Tile& t, int64_t row) {
-  const int64_t k = t.groups * kSteps * 4;
+void multiply_rows(const Tile& t, int64_t row, int64_t any_steps) {
+  const int64_t steps = kSteps ? kSteps : any_steps, k = t.groups * steps * 4;
   __m512 out[kRows];
   for (int m = 0; m < kRows; ++m) out[m] = _mm512_loadu_ps(t.out + (row + m) * t.out_stride);
   for (int64_t g = 0; g < t.groups; ++g) {
-    const uint8_t* panel = t.panel + g * kSteps * 64;
-    const int8_t* acts = t.acts + row * k + g * kSteps * 4;
+    const uint8_t* panel = t.panel + g * steps * 64;
+    const int8_t* acts = t.acts + row * k + g * steps * 4;
     __m512i sums[kRows];
     for (int m = 0; m < kRows; ++m) sums[m] = _mm512_set1_epi32(t.starts[(row + m) * t.groups + g]);
-    for (int s = 0; s < kSteps; ++s) {
+    for (int64_t s = 0; s < steps; ++s) {
       const __m512i w = _mm512_loadu_si512(panel + s * 64);
       for (int m = 0; m < kRows; ++m) {
         sums[m] = _mm512_dpbusd_epi32(sums[m], w, broadcast4(acts + m * k + s * 4));
@@ -45,18 +46,19 @@ void multiply_rows(const Tile& t, int64_t row) {
 }
 
 template <int kSteps>
-void multiply_steps(const Tile& t) {
+void multiply_steps(const Tile& t, int64_t steps) {
   int64_t row = 0;
-  for (; row + 8 <= t.rows; row += 8) multiply_rows<8, kSteps>(t, row);
-  for (; row + 4 <= t.rows; row += 4) multiply_rows<4, kSteps>(t, row);
+  for (; row + 8 <= t.rows; row += 8) multiply_rows<8, kSteps>(t, row, steps);
+  for (; row + 4 <= t.rows; row += 4) multiply_rows<4, kSteps>(t, row, steps);
   switch (t.rows - row) {
-    case 3: return multiply_rows<3, kSteps>(t, row);
-    case 2: return multiply_rows<2, kSteps>(t, row);
-    case 1: return multiply_rows<1, kSteps>(t, row);
+    case 3: return multiply_rows<3, kSteps>(t, row, steps);
+    case 2: return multiply_rows<2, kSteps>(t, row, steps);
+    case 1: return multiply_rows<1, kSteps>(t, row, steps);
   }
 }
 
-void multiply(const Tile& t, int64_t group) { group == 16 ? multiply_steps<4>(t) : multiply_steps<16>(t); }
+void multiply(const Tile& t, int64_t group) { group == 16 ? multiply_steps<4>(t, 4) : multiply_steps<16>(t, 16); }
+void multiply_int8(const Tile& t, int64_t k) { multiply_steps<0>(t, k / 4); }
 
 bool supported() { return has_avx512(); }
 
@@ -68,6 +70,7 @@ const Spelling* avx512() {
     s.name = "avx512";
     s.supported = supported;
     s.multiply = multiply;
+    s.multiply_int8 = multiply_int8;
     return s;
   }();
   return &spelling;

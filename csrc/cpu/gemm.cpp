@@ -6,15 +6,11 @@
 //
 // Threads share out (strip, panel) pairs. Every output is one thread's, summed in fp32 in one order, whatever the
 // number of threads.
-#include "floats.h"
-#include "parallel.h"
-#include "spelling.h"
+#include "panel.h"
 
 namespace svdquant {
 namespace cpu {
 namespace {
-
-constexpr int64_t kStrip = 256;
 
 const int8_t kE2M1Doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
@@ -81,10 +77,6 @@ float second_scale(const Gemm& g, int64_t row) {
   return 0.25f * load(g.second_scale.data, g.second_scale.dtype, row * g.second_scale.stride);
 }
 
-float bias_of(const Gemm& g, int64_t row) {
-  return g.bias.data ? load(g.bias.data, g.bias.dtype, row * g.bias.stride) : 0.0f;
-}
-
 // 16 weight rows in the form that `multiply` and `branch` read. Rows past the last are zeros.
 class Panel {
  public:
@@ -93,7 +85,7 @@ class Panel {
         shape_(shape),
         s_(s),
         table_(table),
-        line_(ceil_div(shape.groups > g.r ? shape.groups : g.r, 8) * 8 * kPanel),
+        columns_(s, shape.groups > g.r ? shape.groups : g.r),
         filled_(shape.blocks * kBlock / 2 * kPanel),
         bytes_(shape.blocks * kBlock * kPanel),
         scales_(ceil_div(shape.groups, 8) * 8 * kPanel),
@@ -102,10 +94,10 @@ class Panel {
   void load(int64_t first_row) const {
     const int64_t rows = g_.n - first_row < kPanel ? g_.n - first_row : kPanel;
     load_codes(first_row, rows);
-    columns(g_.weight_scales, first_row, rows, shape_.used, shape_.groups, scales_ + 0);
+    columns_.read(g_.weight_scales, first_row, rows, shape_.used, shape_.groups, scales_ + 0);
     if (g_.kind == Codes::kE2M1) load_second_scale(first_row, rows);
-    columns(g_.up, first_row, rows, g_.r, g_.r, up_ + 0);
-    for (int64_t i = 0; i < kPanel; ++i) bias_[i] = i < rows ? bias_of(g_, first_row + i) : 0.0f;
+    columns_.read(g_.up, first_row, rows, g_.r, g_.r, up_ + 0);
+    for (int64_t i = 0; i < kPanel; ++i) bias_[i] = i < rows ? bias_of(g_.bias, first_row + i) : 0.0f;
   }
 
   // out = bias + branch + 4-bit product, for tokens first .. first + rows.
@@ -131,14 +123,6 @@ class Panel {
     s_.unpack(filled_ + 0, stride, shape_.blocks, table_, bytes_ + 0);
   }
 
-  // Rows of any float as [count][16] in fp32, zeros where there is nothing.
-  void columns(const Floats& from, int64_t first_row, int64_t rows, int64_t used, int64_t count, float* to) const {
-    const int64_t stride = ceil_div(count, 8) * 8;
-    if (used < stride || rows < kPanel) std::memset(line_ + 0, 0, static_cast<size_t>(stride * kPanel) * sizeof(float));
-    for (int64_t i = 0; i < rows; ++i) s_.widen(row_of(from, first_row + i), from.dtype, line_ + i * stride, used);
-    s_.interleave(line_ + 0, stride, to);
-  }
-
   void load_second_scale(int64_t first_row, int64_t rows) const {
     float factors[kPanel] = {};
     for (int64_t i = 0; i < rows; ++i) factors[i] = second_scale(g_, first_row + i);
@@ -151,30 +135,11 @@ class Panel {
   const Shape& shape_;
   const Spelling& s_;
   const CodeTable& table_;
-  const Scratch<float> line_;
+  const Columns columns_;
   const Scratch<uint8_t> filled_, bytes_;
   const Scratch<float> scales_, up_;
   mutable float bias_[kPanel];
 };
-
-// Panels begin..end for the tokens first .. first + rows. A panel is summed where it belongs, or in a buffer if it is
-// narrower than 16 or of 16 bits.
-void run_strip(const Gemm& g, const Panel& panel, const Activations& acts, int64_t first, int64_t begin, int64_t end) {
-  const int64_t rows = g.m - first < kStrip ? g.m - first : kStrip;
-  const Scratch<float> sums(rows * kPanel);
-  for (int64_t row = begin * kPanel; row < end * kPanel; row += kPanel) {
-    panel.load(row);
-    const int64_t columns = g.n - row < kPanel ? g.n - row : kPanel;
-    if (g.out.dtype == DType::kF32 && columns == kPanel) {
-      panel.run(acts, first, rows, static_cast<float*>(g.out.data) + first * g.out.stride + row, g.out.stride);
-      continue;
-    }
-    panel.run(acts, first, rows, sums + 0, kPanel);
-    for (int64_t m = 0; m < rows; ++m) {
-      for (int64_t i = 0; i < columns; ++i) store_output(g.out, first + m, row + i, sums[m * kPanel + i]);
-    }
-  }
-}
 
 // One token: reading the nibbles once, in the order in which they lie, is all there is to gain.
 bool suits_dot4(const Gemm& g, const Spelling& s) {
@@ -200,15 +165,12 @@ void run_token(const Gemm& g, const Shape& shape, const Spelling& s, const CodeT
     }
     s.project(hidden + 0, 1, up + 0, rank, 4, sums);
     s.dot4(g.weight_codes + row * g.k / 2, g.k / 2, scales + 0, table, acts.tile(shape, 0, 1), sums);
-    for (int64_t i = 0; i < 4; ++i) store_output(g.out, 0, row + i, sums[i] + bias_of(g, row + i));
+    for (int64_t i = 0; i < 4; ++i) store_output(g.out, 0, row + i, sums[i] + bias_of(g.bias, row + i));
   }
 }
 
 }  // namespace
 }  // namespace cpu
-
-// torch's own product of the codes is what the CPU runs; see select.py.
-const char* gemm_int8(const GemmInt8&, const Launch&) { return "no 8-bit product is written for this processor"; }
 
 const char* gemm(const Gemm& args, const Launch& launch) {
   using namespace cpu;
@@ -223,16 +185,7 @@ const char* gemm(const Gemm& args, const Launch& launch) {
     });
     return nullptr;
   }
-  const int64_t panels = ceil_div(args.n, kPanel), strips = ceil_div(args.m, kStrip);
-  const int64_t grain = ceil_div(1 << 18, args.k * kPanel * (args.m < kStrip ? args.m : kStrip));
-  for_ranges(launch, strips * panels, grain, [&](int64_t begin, int64_t end) {
-    const Panel panel(args, shape, *s, table);
-    for (int64_t at = begin; at < end;) {
-      const int64_t strip = at / panels, stop = end < (strip + 1) * panels ? end : (strip + 1) * panels;
-      run_strip(args, panel, acts, strip * kStrip, at - strip * panels, stop - strip * panels);
-      at = stop;
-    }
-  });
+  for_panels(launch, args, [&] { return Panel(args, shape, *s, table); }, acts);
   return nullptr;
 }
 

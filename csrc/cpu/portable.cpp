@@ -28,12 +28,12 @@ float absmax(const float* x, int64_t count) {
   return float_of(top);
 }
 
-void codes_int4(const float* xs, int64_t groups, int q_max, int q_min, int8_t* codes, float* alpha) {
+void codes_int(const float* xs, int64_t groups, int64_t size, int q_max, int q_min, int8_t* codes, float* alpha) {
   const float high = static_cast<float>(q_max), low = static_cast<float>(q_min);
-  for (int64_t g = 0; g < groups; ++g, xs += 64, codes += 64) {
-    alpha[g] = absmax(xs, 64) * (1.0f / high);
+  for (int64_t g = 0; g < groups; ++g, xs += size, codes += size) {
+    alpha[g] = absmax(xs, size) * (1.0f / high);
     const float divisor = alpha[g] == 0.0f ? 1.0f : alpha[g];
-    for (int64_t i = 0; i < 64; ++i) {
+    for (int64_t i = 0; i < size; ++i) {
       float q = std::nearbyint(xs[i] / divisor);
       q = q < low ? low : q > high ? high : q;
       codes[i] = q == q ? static_cast<int8_t>(q) : 0;
@@ -96,9 +96,11 @@ void unpack(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable
   }
 }
 
-void interleave(const float* from, int64_t stride, float* to) {
+void interleave(const void* from, int64_t stride, void* to) {
+  const char* words = static_cast<const char*>(from);
+  char* column = static_cast<char*>(to);
   for (int64_t j = 0; j < stride; ++j) {
-    for (int64_t i = 0; i < kPanel; ++i) to[j * kPanel + i] = from[i * stride + j];
+    for (int64_t i = 0; i < kPanel; ++i, column += 4) std::memcpy(column, words + (i * stride + j) * 4, 4);
   }
 }
 
@@ -159,8 +161,9 @@ void dot_awq(const uint8_t* codes, int64_t blocks, int64_t per_group, const floa
 }  // namespace
 
 const Spelling* portable() {
-  static const Spelling spelling = {"portable", supported,  widen,    smooth, codes_int4, codes_e2m1, project, arrange,
-                                    unpack,     interleave, multiply, nullptr, branch, order_awq,  dot_awq};
+  static const Spelling spelling = {
+      "portable", supported, widen, smooth, codes_int, codes_e2m1, project, arrange, unpack, interleave, multiply,
+      multiply, nullptr, branch, order_awq, dot_awq};
   return &spelling;
 }
 

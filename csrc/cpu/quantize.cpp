@@ -16,17 +16,38 @@ void widen_rows(const Spelling& s, const Launch& launch, const Floats& from, int
   });
 }
 
+// Codes of integers: the largest one is what the scale is made for.
+struct Range {
+  int low, high;
+};
+
+Range range_of(Codes kind) {
+  switch (kind) {
+    case Codes::kInt8: return {-127, 127};
+    case Codes::kUint4: return {0, 15};
+    default: return {-8, 7};
+  }
+}
+
+DType scale_type(const Quantize& q) {
+  switch (q.kind) {
+    case Codes::kInt8: return DType::kF32;
+    case Codes::kE2M1: return DType::kE4M3;
+    default: return q.x.dtype;
+  }
+}
+
 class Quantizer {
  public:
   Quantizer(const Quantize& q, const Spelling& s, const Launch& launch)
-      : q_(q), s_(s), smooth_(q.k), down_(q.r * q.k) {
+      : q_(q), s_(s), size_(q.kind == Codes::kInt8 ? q.k : group_size(q.kind)), smooth_(q.k), down_(q.r * q.k) {
     widen_rows(s, launch, q.smooth, 1, q.k, smooth_);
     widen_rows(s, launch, q.down, q.r, q.k, down_);
   }
 
   // Tokens begin..end.
   void run(int64_t begin, int64_t end) const {
-    const Scratch<float> x(kTokens * q_.k), xs(q_.k), alpha(q_.k / group_size(q_.kind));
+    const Scratch<float> x(kTokens * q_.k), xs(q_.k), alpha(q_.k / size_);
     for (int64_t m = begin; m < end; m += kTokens) {
       const int64_t rows = end - m < kTokens ? end - m : kTokens;
       for (int64_t i = 0; i < rows; ++i) {
@@ -39,21 +60,21 @@ class Quantizer {
 
  private:
   void encode(const float* x, int64_t token, const Scratch<float>& xs, const Scratch<float>& alpha) const {
-    const bool is_unsigned = q_.kind == Codes::kUint4, is_e2m1 = q_.kind == Codes::kE2M1;
-    const int64_t groups = q_.k / group_size(q_.kind), first = token * groups;
-    s_.smooth(x, smooth_ + 0, is_unsigned, q_.shift, q_.x.dtype, xs + 0, q_.k);
+    const int64_t groups = q_.k / size_, first = token * groups;
+    s_.smooth(x, smooth_ + 0, q_.shift != 0.0f, q_.shift, q_.x.dtype, xs + 0, q_.k);
     void* codes = static_cast<uint8_t*>(q_.codes) + token * q_.k;
-    if (is_e2m1) {
+    if (q_.kind == Codes::kE2M1) {
       s_.codes_e2m1(xs + 0, groups, static_cast<uint8_t*>(codes), alpha + 0);
     } else {
-      s_.codes_int4(xs + 0, groups, is_unsigned ? 15 : 7, is_unsigned ? 0 : -8, static_cast<int8_t*>(codes), alpha + 0);
+      const Range range = range_of(q_.kind);
+      s_.codes_int(xs + 0, groups, size_, range.high, range.low, static_cast<int8_t*>(codes), alpha + 0);
     }
-    const DType dtype = is_e2m1 ? DType::kE4M3 : q_.x.dtype;
-    for (int64_t g = 0; g < groups; ++g) store(q_.scales, dtype, first + g, alpha[g]);
+    for (int64_t g = 0; g < groups; ++g) store(q_.scales, scale_type(q_), first + g, alpha[g]);
   }
 
   const Quantize& q_;
   const Spelling& s_;
+  const int64_t size_;  // columns that share a scale
   const Scratch<float> smooth_, down_;
 };
 
@@ -63,7 +84,6 @@ class Quantizer {
 const char* quantize(const Quantize& args, const Launch& launch) {
   const cpu::Spelling* s = cpu::find(launch.spelling);
   if (!s) return "this processor has no such spelling";
-  if (args.kind == Codes::kInt8) return "8-bit activations are not written for this processor";
   const cpu::Quantizer quantizer(args, *s, launch);
   cpu::for_ranges(launch, cpu::ceil_div(args.m, cpu::kTokens), 1, [&](int64_t begin, int64_t end) {
     const int64_t last = end * cpu::kTokens;

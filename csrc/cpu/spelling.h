@@ -10,6 +10,8 @@
 //
 // Bytes of a panel are unsigned: `zero` (8 for int4; 12 for e2m1, whose values are doubled) is added, and taken out
 // again by starting every sum at -zero * (sum of the token's codes). Unsigned times signed bytes is what CPUs multiply.
+//
+// 8-bit codes are bytes already: columns keep their order, `zero` is 128, and one group is all of K.
 #pragma once
 
 #include "../launch.h"
@@ -47,8 +49,8 @@ struct Spelling {
   void (*widen)(const void* from, DType dtype, float* to, int64_t count);
   // to = round_T(round_T(x + shift) / smooth); `shifted` says whether there is a shift at all.
   void (*smooth)(const float* x, const float* smooth, bool shifted, float shift, DType dtype, float* to, int64_t k);
-  // Codes and unrounded scales of smoothed values.
-  void (*codes_int4)(const float* xs, int64_t groups, int q_max, int q_min, int8_t* codes, float* alpha);
+  // Codes and unrounded scales of smoothed values; `size` columns share a scale, a multiple of 16.
+  void (*codes_int)(const float* xs, int64_t groups, int64_t size, int q_max, int q_min, int8_t* codes, float* alpha);
   void (*codes_e2m1)(const float* xs, int64_t groups, uint8_t* codes, float* alpha);
   // hidden[i][j] = x[i] . down[j] for up to four tokens.
   void (*project)(const float* x, int64_t rows, const float* down, int64_t k, int64_t r, float* hidden);
@@ -57,9 +59,11 @@ struct Spelling {
   void (*arrange)(const int8_t* codes, int64_t blocks, const CodeTable& table, int8_t* to, int32_t* starts);
   // Nibbles of 16 weight rows, `stride` bytes apart, into a panel. What follows them in memory comes next.
   void (*unpack)(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel);
-  // Rows of 16 to columns of 16: to[j][i] = from[i][j], with rows `stride` apart, a multiple of 8.
-  void (*interleave)(const float* from, int64_t stride, float* to);
+  // Rows of 16 to columns of 16, of 32-bit words: to[j][i] = from[i][j], with rows `stride` apart, a multiple of 8.
+  void (*interleave)(const void* from, int64_t stride, void* to);
   void (*multiply)(const Tile& tile, int64_t group);
+  // The same with bytes of any size and one group of K columns, a multiple of 4.
+  void (*multiply_int8)(const Tile& tile, int64_t k);
   // The same for one token and four weight rows, straight from their nibbles, where unpacking is most of the work:
   // to[0..3] += ... nullptr where it is not written.
   void (*dot4)(const uint8_t* rows, int64_t stride, const float* weight_scales, const CodeTable& table,

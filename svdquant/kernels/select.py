@@ -112,11 +112,11 @@ def unfit(capability: tuple[int, int], name: str) -> str:
 
 
 SPELLINGS = (
-    Spelling("avx512", "cpu", FILE_OPS, _feature("avx512")),
-    Spelling("avx2", "cpu", FILE_OPS, _feature("avx2")),
-    Spelling("neon", "cpu", FILE_OPS, _feature("neon")),
+    Spelling("avx512", "cpu", OPS, _feature("avx512")),
+    Spelling("avx2", "cpu", OPS, _feature("avx2")),
+    Spelling("neon", "cpu", OPS, _feature("neon")),
     Spelling(
-        "portable", "cpu", FILE_OPS, _feature("portable"), on_request="slower than torch for a whole picture"
+        "portable", "cpu", OPS, _feature("portable"), on_request="slower than torch for a whole picture"
     ),
     Spelling("wgmma_e4m3", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma")),
     Spelling("wgmma_s8", "cuda", INT8_OPS, _capability((9, 0), (9, 0), "wgmma")),

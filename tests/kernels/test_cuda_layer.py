@@ -19,7 +19,7 @@ SPELLINGS = {"mma_s4": 80, "mma_s8": 90, "mma_sm75": 75}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", [*layers.FORMATS, *layers.EIGHT_BITS])
+@pytest.mark.parametrize("name", layers.COMPUTED)
 @pytest.mark.parametrize(("spelling", "arch"), SPELLINGS.items(), ids=SPELLINGS)
 def test_layer(spelling, arch, name, dtype):
     weights = layers.random_linear(name, 72, 192, 24, dtype=dtype)

@@ -55,7 +55,7 @@ def lora(n=200, k=256, rows=ALL, columns=ALL, rank=16, dtype=torch.bfloat16):
     return Branch(down, layers.random(height, rank, seed=2, dtype=dtype), 0.75, rows, columns)
 
 
-@pytest.mark.parametrize("op", select.FILE_OPS)
+@pytest.mark.parametrize("op", select.OPS)
 def test_a_kernel_is_chosen(op):
     """Nothing below would fail if plain torch ran instead."""
     assert ops.choose(select.Request(op, "bfloat16"), "cuda").spelling not in ops.PLAIN
@@ -82,7 +82,7 @@ def test_the_library_lists_the_rows_of_the_table():
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("m", TOKENS, ids="m={}".format)
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_any_number_of_tokens(name, m, dtype):
     kind = layers.DTYPES[dtype]
     (part, bias), x = layer(name, dtype=kind), tokens(name, m, dtype=kind)
@@ -106,7 +106,7 @@ def exact(x):
     return Exact()
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_opcheck(name):
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for op, arguments in test_ops.calls(name):
@@ -115,7 +115,7 @@ def test_opcheck(name):
         torch.library.opcheck(op, (*there, spelling), test_utils=checks)
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_inside_a_cuda_graph(name):
     """Nothing waits, nothing is allocated but results: a capture would refuse either."""
     part, bias = layer(name)
@@ -130,7 +130,7 @@ def test_inside_a_cuda_graph(name):
     assert torch.equal(y, want)
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_on_another_stream(name):
     """Work is queued where torch's current stream says, behind what waits there."""
     part, bias = layer(name)
@@ -146,7 +146,7 @@ def test_on_another_stream(name):
     assert torch.equal(y, want)
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_compiles_without_a_break(name):
     (part, bias), branch = layer(name), on_gpu(lora())
     here, bias_here = on_gpu(part), on_gpu(bias)
@@ -170,7 +170,7 @@ LORAS = {
 
 
 @pytest.mark.parametrize("kind", LORAS.values(), ids=LORAS)
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_a_lora_joins(name, kind):
     (part, bias), x, branch = layer(name), tokens(name, 33), lora(**kind)
     want = linear.forward(x.float(), [part], bias, [branch], exact(x))

@@ -33,8 +33,9 @@ def calls(name):
         yield space.gemv_awq, (x, w.codes, w.scales, w.zeros, w.bias, F32, "portable")
         yield space.gemv_awq, (x, w.codes, w.scales, w.zeros, None, torch.bfloat16, "portable")
         return
-    shift = (w.spec.act_shift,) if w.spec.act_shift else ()
-    quantize = getattr(space, f"quantize_{name.replace('-', '_')}")
+    eight_bits = w.spec.format == "int8"
+    shift = (w.spec.act_shift,) if w.spec.act_shift or eight_bits else ()
+    quantize = getattr(space, "quantize_int8" if eight_bits else f"quantize_{name.replace('-', '_')}")
     arguments = (x, w.smooth, w.down, *shift, "portable")
     yield quantize, arguments
     if name == "nvfp4":
@@ -43,7 +44,8 @@ def calls(name):
             (*quantize(*arguments), w.codes, w.scales, w.second_scale, w.up, w.bias, F32, "portable"),
         )
     else:
-        yield space.gemm_int4, (*quantize(*arguments), w.codes, w.scales, w.up, w.bias, F32, "portable")
+        gemm = space.gemm_int8 if eight_bits else space.gemm_int4
+        yield gemm, (*quantize(*arguments), w.codes, w.scales, w.up, w.bias, F32, "portable")
 
 
 @pytest.mark.parametrize("name", select.OPS)
@@ -51,7 +53,7 @@ def test_signatures_are_those_of_the_reference(name):
     assert inspect.signature(getattr(ops, name)) == inspect.signature(getattr(reference, name))
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_opcheck(name):
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     for op, arguments in calls(name):
@@ -60,7 +62,7 @@ def test_opcheck(name):
         torch.library.opcheck(op, arguments, test_utils=checks + ["test_schema"] * (not eight_bits))
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_compiles_without_a_break(name):
     """A layer with a branch is a whole graph, for any number of tokens, and our ops stand in it by name."""
     x, w = inputs(name)
@@ -82,7 +84,7 @@ def test_compiles_without_a_break(name):
     assert set(ours) == {1 if name == "awq" else 2}
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_runs_in_inference_mode(name):
     x, w = inputs(name)
     with torch.inference_mode():
@@ -90,7 +92,7 @@ def test_runs_in_inference_mode(name):
     assert torch.equal(inside, linear.linear(x, w, ops))
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_activations_may_be_a_view(name):
     """Columns of a wider tensor, as a part of a host layer reads them, and every second column."""
     x = inputs(name, k=256)[0]
@@ -99,7 +101,7 @@ def test_activations_may_be_a_view(name):
         assert torch.equal(linear.linear(view, narrow, ops), linear.linear(view.contiguous(), narrow, ops))
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_the_number_of_threads_changes_no_bit(name):
     x, w = inputs(name, m=300, n=100, k=192)
     before, results = torch.get_num_threads(), []
@@ -130,14 +132,14 @@ def test_other_devices_multiply_without_quantizing_activations():
     assert ops.gemm_int4(*made, on_meta).shape == (5, w.out_features)
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_weight_only_by_name(name):
     x, w = inputs(name)
     expected = linear.linear(x, w, weight_only)
     assert torch.equal(linear.linear(x, w, ops.OpSet("weight_only")), expected)
 
 
-@pytest.mark.parametrize("name", layers.FORMATS)
+@pytest.mark.parametrize("name", layers.COMPUTED)
 def test_off_is_the_reference(name):
     x, w = inputs(name)
     assert torch.equal(linear.linear(x, w, ops.OpSet("off")), linear.linear(x, w, reference))
@@ -192,6 +194,73 @@ BAD = {  # format, which op of `calls`, argument, value, message
     "up-of-other-n": ("nvfp4", 1, 6, torch.ones(39, 8), r"up: expected shape \[40, 8\]"),
     "bias-of-other-n": ("int4", 1, 6, torch.ones(39), r"bias: expected shape \[40\]"),
     "output-of-eight-bits": ("int4", 1, 7, torch.float8_e4m3fn, "dtype: expected an output of fp32, bf16 or"),
+    "int8-k-not-16-columns": (
+        "int8-of-int4",
+        0,
+        0,
+        torch.zeros(2, 72),
+        "last axis is 72, expected a multiple of 16",
+    ),
+    "int8-smooth-too-short": (
+        "int8-of-int4",
+        0,
+        1,
+        torch.ones(64),
+        r"smooth: expected shape \[128\], got \[64\]",
+    ),
+    "int8-codes-unsigned": (
+        "int8-of-int4",
+        1,
+        0,
+        torch.zeros(5, 128).byte(),
+        "codes: expected Char, got Byte",
+    ),
+    "int8-codes-of-other-k": (
+        "int8-of-int4",
+        1,
+        0,
+        torch.zeros(5, 64).char(),
+        r"codes: expected shape \[5, 128\]",
+    ),
+    "int8-scales-of-halves": (
+        "int8-of-int4",
+        1,
+        1,
+        torch.ones(5, 1).half(),
+        "scales: expected Float, got Half",
+    ),
+    "int8-scales-by-groups": ("int8-of-int4", 1, 1, torch.ones(5, 2), r"scales: expected shape \[5, 1\]"),
+    "int8-hidden-of-other-rank": ("int8-of-int4", 1, 2, torch.ones(5, 7), r"hidden: expected shape \[5, 8\]"),
+    "int8-weights-packed": (
+        "int8-of-int4",
+        1,
+        3,
+        torch.zeros(40, 64).byte(),
+        "weight_codes: expected Char, got",
+    ),
+    "int8-weights-not-a-matrix": (
+        "int8-of-int4",
+        1,
+        3,
+        torch.zeros(128).char(),
+        r"weight_codes: expected \[N, K\]",
+    ),
+    "int8-weight-scales-by-groups": (
+        "int8-of-int4",
+        1,
+        4,
+        torch.ones(40, 2),
+        r"weight_scales: expected shape \[40, 1",
+    ),
+    "int8-up-of-other-n": ("int8-of-int4", 1, 5, torch.ones(39, 8), r"up: expected shape \[40, 8\]"),
+    "int8-bias-of-other-n": ("int8-of-int4", 1, 6, torch.ones(39), r"bias: expected shape \[40\]"),
+    "int8-output-of-integers": (
+        "int8-of-int4",
+        1,
+        7,
+        torch.int32,
+        "dtype: expected an output of fp32, bf16 or fp16",
+    ),
     "awq-output-of-integers": ("awq", 0, 5, torch.int32, "dtype: expected an output of fp32, bf16 or fp16"),
     "awq-x-of-other-k": ("awq", 0, 0, torch.zeros(5, 64), r"x: expected shape \[5, 128\]"),
     "awq-uneven-groups": ("awq", 0, 2, torch.ones(40, 3), "weight_scales: expected one for every 64"),

@@ -51,7 +51,9 @@ CHOICES = {  # device, request, spelling
     "int8-on-ampere": (AMPERE, INT8, "mma_s8"),
     "int8-on-hopper": (H100, INT8, "wgmma_s8"),
     "int8-on-hopper-by-mma": (H100, Request("gemm_int8", "bfloat16", wanted="mma_s8"), "mma_s8"),
-    "int8-on-a-cpu": (X86, INT8, "reference"),
+    "int8-on-a-cpu": (X86, INT8, "avx512"),
+    "int8-on-arm": (ARM, Request("quantize_int8", "bfloat16"), "neon"),
+    "int8-of-fp64": (X86, Request("quantize_int8", "float64"), "reference"),
     "gpu-that-may-not": (BROKEN, INT4, "weight_only"),
     "device-without-kernels": (Device("mps"), INT4, "weight_only"),
     "device-without-kernels-exact": (

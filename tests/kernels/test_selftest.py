@@ -97,7 +97,7 @@ def test_only_what_a_device_runs_is_checked():
 
 @pytest.mark.usefixtures("kernels")
 def test_the_kernels_of_this_processor_pass():
-    assert selftest.problem(ops.OpSet(), CPU, select.FILE_OPS) is None
+    assert selftest.problem(ops.OpSet(), CPU, select.OPS) is None
 
 
 @pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")

@@ -13,6 +13,8 @@ from svdquant_nodes.tests import golden, layers, oracle
 from svdquant_nodes.tests.tolerances import assert_close
 
 W4A4 = ["int4", "int4-unsigned", "nvfp4"]
+W8A8 = ["int8-of-int4", "int8-of-int4-unsigned"]  # without and with a shift
+QUANTIZED = [*W4A4, *W8A8]
 SHAPES = {  # M, N, K, R
     "m=0-empty": (0, 64, 128, 16),
     "m=1-gemv": (1, 128, 256, 16),
@@ -32,12 +34,16 @@ SHAPES = {  # M, N, K, R
     "r=40-no-power-of-two": (6, 48, 192, 40),
 }
 NVFP4_SHAPES = {"k=16-one-group": (3, 20, 16, 4), "k=80-no-multiple-of-64": (5, 33, 80, 3)}
+INT8_SHAPES = {
+    "k=16-half-a-vector": (3, 20, 16, 5),
+    "k=80-vectors-and-a-half": (9, 33, 80, 32),
+}  # of "int8-of-nvfp4"
 
 
 def activations(name, m, k, dtype, seed=7):
     """Gaussian tokens; what an unsigned layer sees has been through a GELU."""
     x = layers.random(m, k, seed=seed, dtype=dtype)
-    if name == "int4-unsigned":
+    if "unsigned" in name:
         return torch.nn.functional.gelu(x.float(), approximate="tanh").to(dtype)
     return x
 
@@ -45,14 +51,15 @@ def activations(name, m, k, dtype, seed=7):
 def quantize(ops, x, w):
     if w.spec.format == "nvfp4":
         return ops.quantize_nvfp4(x, w.smooth, w.down)
+    if w.spec.format == "int8":
+        return ops.quantize_int8(x, w.smooth, w.down, w.spec.act_shift)
     if w.spec.act_shift:
         return ops.quantize_int4_unsigned(x, w.smooth, w.down, w.spec.act_shift)
     return ops.quantize_int4(x, w.smooth, w.down)
 
 
 def gemm(ops, codes, scales, hidden, w, dtype=torch.float32):
-    op = ops.gemm_nvfp4 if w.spec.format == "nvfp4" else ops.gemm_int4
-    return op(codes, scales, hidden, w, dtype=dtype)
+    return getattr(ops, f"gemm_{w.spec.format}")(codes, scales, hidden, w, dtype=dtype)
 
 
 def same_bits(got, want):
@@ -78,12 +85,13 @@ def judge_gemm(spelled, x, w):
     assert_close(y, layers.forward(x, w), spelled.tolerance)
 
 
-CASES = [(name, shape) for name in W4A4 for shape in SHAPES] + [("nvfp4", shape) for shape in NVFP4_SHAPES]
+CASES = [(name, shape) for name in QUANTIZED for shape in SHAPES]
+CASES += [("nvfp4", shape) for shape in NVFP4_SHAPES] + [("int8-of-nvfp4", shape) for shape in INT8_SHAPES]
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_shapes(spelled, name, shape):
-    m, n, k, r = (SHAPES | NVFP4_SHAPES)[shape]
+    m, n, k, r = (SHAPES | NVFP4_SHAPES | INT8_SHAPES)[shape]
     w, x = layers.random_linear(name, n, k, r), activations(name, m, k, torch.bfloat16)
     judge_quantizer(spelled, x, w)
     judge_gemm(spelled, x, w)
@@ -91,7 +99,7 @@ def test_shapes(spelled, name, shape):
 
 @pytest.mark.parametrize("acts", layers.DTYPES)
 @pytest.mark.parametrize("stored", layers.DTYPES)
-@pytest.mark.parametrize("name", W4A4)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_dtypes_of_activations_and_weights(spelled, name, stored, acts):
     w = layers.random_linear(name, 40, 128, 16, dtype=layers.DTYPES[stored])
     x = activations(name, 7, 128, layers.DTYPES[acts])
@@ -109,7 +117,7 @@ def test_double_precision_weights_are_read(spelled):
 
 
 @pytest.mark.parametrize("dtype", layers.DTYPES)
-@pytest.mark.parametrize("name", W4A4)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_codes_of_many_magnitudes(spelled, name, dtype):
     """Groups from the smallest to the largest numbers of a dtype: subnormal, overflowing and saturating scales."""
     kind = layers.DTYPES[dtype]
@@ -223,7 +231,7 @@ def test_every_e4m3_weight_scale(spelled):
     )
 
 
-@pytest.mark.parametrize("name", W4A4)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_a_layer_without_bias(spelled, name):
     w = dataclasses.replace(layers.random_linear(name, 40, 64, 4), bias=None)
     judge_gemm(spelled, activations(name, 3, 64, torch.bfloat16), w)
@@ -234,7 +242,7 @@ def test_a_layer_without_bias(spelled, name):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("m", [1, 9, 300], ids="m={}".format)
-@pytest.mark.parametrize("name", W4A4)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_output_is_rounded_once(spelled, name, m, dtype):
     w = layers.random_linear(name, 63 if m > 1 else 64, 192, 16)
     quantized = [spelled.here(t) for t in quantize(reference, activations(name, m, 192, torch.bfloat16), w)]
@@ -243,7 +251,7 @@ def test_output_is_rounded_once(spelled, name, m, dtype):
     assert torch.equal(got, exact.to(layers.DTYPES[dtype]))
 
 
-@pytest.mark.parametrize("name", W4A4)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_fp16_output_saturates(spelled, name):
     w = layers.random_linear(name, 40, 64, 4, dtype=torch.float32)
     w.bias[:3] = torch.tensor([1e6, -1e6, torch.nan])
@@ -255,7 +263,7 @@ def test_fp16_output_saturates(spelled, name):
 # ---- zeros, outliers, NaN ----
 
 
-@pytest.mark.parametrize("name", W4A4)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_zero_group(spelled, name):
     w, x = layers.random_linear(name, 32, 192, 16), activations(name, 3, 192, torch.bfloat16)
     x[:, 64:128] = -w.spec.act_shift
@@ -263,7 +271,7 @@ def test_zero_group(spelled, name):
     judge_gemm(spelled, x, w)
 
 
-@pytest.mark.parametrize("name", W4A4)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_outlier(spelled, name):
     w, x = layers.random_linear(name, 32, 192, 16), activations(name, 3, 192, torch.bfloat16)
     x[1, 70] = 3000.0
@@ -273,7 +281,7 @@ def test_outlier(spelled, name):
 
 @pytest.mark.parametrize("rank", [0, 16], ids=["alone", "with-branch"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
-@pytest.mark.parametrize("name", W4A4)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_a_bad_token_is_bad_where_the_reference_says_and_spoils_no_other(spelled, name, value, rank):
     w, x = layers.random_linear(name, 40, 128, rank), activations(name, 19, 128, torch.bfloat16)
     here = spelled.weights(w)
@@ -286,7 +294,7 @@ def test_a_bad_token_is_bad_where_the_reference_says_and_spoils_no_other(spelled
     assert torch.equal(y[others], good[others])
 
 
-@pytest.mark.parametrize("name", W4A4)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_nan_in_smooth_reaches_the_output(spelled, name):
     w, x = layers.random_linear(name, 16, 128, 0), activations(name, 2, 128, torch.bfloat16)
     w.smooth[3] = torch.nan

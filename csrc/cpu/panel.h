@@ -1,0 +1,69 @@
+// What the products of 4-bit and of 8-bit codes share: the loops over strips and panels, and what stands beside a
+// panel's codes.
+#pragma once
+
+#include "floats.h"
+#include "parallel.h"
+#include "spelling.h"
+
+namespace svdquant::cpu {
+
+constexpr int64_t kStrip = 256;  // tokens
+
+inline float bias_of(const Floats& bias, int64_t row) {
+  return bias.data ? load(bias.data, bias.dtype, row * bias.stride) : 0.0f;
+}
+
+// Reads rows of any float as [count][16] in fp32, zeros where there is nothing; `most` is the largest count.
+class Columns {
+ public:
+  Columns(const Spelling& s, int64_t most) : s_(s), line_(ceil_div(most, 8) * 8 * kPanel) {}
+
+  void read(const Floats& from, int64_t first_row, int64_t rows, int64_t used, int64_t count, float* to) const {
+    const int64_t stride = ceil_div(count, 8) * 8;
+    if (used < stride || rows < kPanel) std::memset(line_ + 0, 0, static_cast<size_t>(stride * kPanel) * sizeof(float));
+    for (int64_t i = 0; i < rows; ++i) s_.widen(row_of(from, first_row + i), from.dtype, line_ + i * stride, used);
+    s_.interleave(line_ + 0, stride, to);
+  }
+
+ private:
+  const Spelling& s_;
+  const Scratch<float> line_;
+};
+
+// Panels begin..end for the tokens first .. first + rows. A panel is summed where it belongs, or in a buffer if it is
+// narrower than 16 or of 16 bits.
+template <class Args, class Panel, class Activations>
+void run_strip(const Args& g, const Panel& panel, const Activations& acts, int64_t first, int64_t begin, int64_t end) {
+  const int64_t rows = g.m - first < kStrip ? g.m - first : kStrip;
+  const Scratch<float> sums(rows * kPanel);
+  for (int64_t row = begin * kPanel; row < end * kPanel; row += kPanel) {
+    panel.load(row);
+    const int64_t columns = g.n - row < kPanel ? g.n - row : kPanel;
+    if (g.out.dtype == DType::kF32 && columns == kPanel) {
+      panel.run(acts, first, rows, static_cast<float*>(g.out.data) + first * g.out.stride + row, g.out.stride);
+      continue;
+    }
+    panel.run(acts, first, rows, sums + 0, kPanel);
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t i = 0; i < columns; ++i) store_output(g.out, first + m, row + i, sums[m * kPanel + i]);
+    }
+  }
+}
+
+// Every strip with every panel; `make` gives each thread a panel of its own to load and run.
+template <class Args, class Make, class Activations>
+void for_panels(const Launch& launch, const Args& g, const Make& make, const Activations& acts) {
+  const int64_t panels = ceil_div(g.n, kPanel), strips = ceil_div(g.m, kStrip);
+  const int64_t grain = ceil_div(1 << 18, g.k * kPanel * (g.m < kStrip ? g.m : kStrip));
+  for_ranges(launch, strips * panels, grain, [&](int64_t begin, int64_t end) {
+    const auto panel = make();
+    for (int64_t at = begin; at < end;) {
+      const int64_t strip = at / panels, stop = end < (strip + 1) * panels ? end : (strip + 1) * panels;
+      run_strip(g, panel, acts, strip * kStrip, at - strip * panels, stop - strip * panels);
+      at = stop;
+    }
+  });
+}
+
+}  // namespace svdquant::cpu
