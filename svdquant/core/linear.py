@@ -134,11 +134,12 @@ def absorb(x: Tensor, parts: Sequence[Part], branches: Sequence[Branch]) -> tupl
     """Parts that have the branches as more rank of their own, and the branches that must be added beside them.
 
     So a LoRA costs a kernel a few ranks, and its output is written once. Dense differences and Kronecker products have
-    no rank to give, AWQ parts no place for it. Where x has 16 bits, `down` is rounded to the dtype of the part's own,
-    which tensor cores take; that costs at most what rounding the branch's share of the output does.
+    no rank to give, AWQ parts no place for it. The strength goes into `down`, so that `up` may stay in 16 bits. Where x
+    has 16 bits, `down` is rounded to the dtype of the part's own, which tensor cores take; that costs at most what
+    rounding the branch's share of the output does.
 
-    Done anew in every forward, on purpose: four small copies. Kept, the pairs of FLUX.1 would take 0.5 GB beside the
-    4-bit model for a LoRA of rank 16 and 1.7 GB for one of rank 128 (docs/log.md).
+    Done anew in every forward, on purpose: a few small copies. Kept, the pairs of FLUX.1 would take 0.4 GB beside the
+    4-bit model for a LoRA of rank 16 and 1.2 GB for one of rank 128.
     """
     fits = [b for b in branches if b.up is not None and b.kron is None]
     if not fits or any(part.weights.down is None for part in parts):
@@ -154,8 +155,8 @@ def _with_rank(x: Tensor, part: Part, branches: Sequence[Branch], size: tuple[in
         rows = _common(branch.rows, part.rows, size[0])
         columns = _common(branch.columns, part.columns, size[1])
         if rows and columns:
-            downs.append(_padded(branch.down[:, columns[0]], columns[1]))
-            ups.append(_padded(branch.up[rows[0]].float() * branch.strength, (0, 0, *rows[1])))
+            downs.append(_padded(branch.down[:, columns[0]].float() * branch.strength, columns[1]))
+            ups.append(_padded(branch.up[rows[0]], (0, 0, *rows[1])))
     if x.dtype.itemsize == 2:
         downs = [down.to(part.weights.down.dtype) for down in downs]
     return replace(part.weights, down=torch.cat(downs), up=torch.cat(ups, dim=1))

@@ -266,3 +266,12 @@ def test_the_down_of_a_fine_pair_is_rounded_where_the_output_is(acts, kept):
     parts, lora = [part("int4", 64, 128, dtype=torch.bfloat16)], [branch(ALL, ALL, 64, 128)]
     (wider,), _ = linear.absorb(layers.random(1, 128, seed=0, dtype=layers.DTYPES[acts]), parts, lora)
     assert wider.weights.down.dtype == kept and wider.weights.up.dtype == torch.float32
+
+
+def test_the_up_of_a_16_bit_pair_stays_in_16_bits():
+    """Kernels read it in wide pieces then; the strength is in `down`."""
+    parts = [part("int4", 64, 128, dtype=torch.bfloat16)]
+    pair = dataclasses.replace(branch(ALL, ALL, 64, 128).map(lambda t: t.bfloat16()), strength=0.3)
+    (wider,), _ = linear.absorb(layers.random(1, 128, seed=0, dtype=torch.bfloat16), parts, [pair])
+    assert wider.weights.up.dtype == torch.bfloat16 and torch.equal(wider.weights.up[:, 16:], pair.up)
+    assert torch.equal(wider.weights.down[16:], (pair.down.float() * 0.3).bfloat16())
