@@ -36,6 +36,8 @@ DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
+void check_columns(int64_t k) { TORCH_CHECK_VALUE(k, "weight_codes: expected columns, got none"); }
+
 void check_shape(const Tensor& t, const char* name, at::IntArrayRef expected) {
   TORCH_CHECK_VALUE(t.sizes() == expected, name, ": expected shape ", expected, ", got ", t.sizes());
 }
@@ -115,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_as(Codes kind, const Tensor& x, cons
   check_device(x, {{"smooth", &smooth}, {"down", &down}});
   const OnDevice here(x);
   const int64_t m = x.size(0), k = x.size(1), group = group_size(kind);
-  TORCH_CHECK_VALUE(k % group == 0, "x: last axis is ", k, ", expected a multiple of ", group, ". Pad K first.");
+  TORCH_CHECK_VALUE(k && k % group == 0, "x: last axis is ", k, ", expected a multiple of ", group, ". Pad K first.");
   check_shape(smooth, "smooth", {k});
   TORCH_CHECK_VALUE(down.dim() == 2 && down.size(1) == k, "down: expected [R, ", k, "], got ", down.sizes());
   const int64_t r = down.size(0);
@@ -191,6 +193,7 @@ Tensor gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tens
   const OnDevice here(codes);
   const int64_t m = codes.size(0), n = weight_codes.size(0), k = weight_codes.size(1) * 2, group = group_size(kind);
   const int64_t r = up.size(-1);
+  check_columns(k);
   TORCH_CHECK_VALUE(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kByte,
                     "codes: expected int8 or uint8, got ", codes.scalar_type());
   TORCH_CHECK_VALUE(hidden.scalar_type() == at::kFloat, "hidden: expected fp32, got ", hidden.scalar_type());
@@ -265,6 +268,7 @@ Tensor gemm_int8_op(const Tensor& codes, const Tensor& scales, const Tensor& hid
                        {"bias", if_any(bias, codes)}});
   const OnDevice here(codes);
   const int64_t m = codes.size(0), n = weight_codes.size(0), k = weight_codes.size(1), r = up.size(-1);
+  check_columns(k);
   check_shape(codes, "codes", {m, k});
   check_shape(scales, "scales", {m, 1});
   check_shape(hidden, "hidden", {m, r});
