@@ -24,6 +24,8 @@ const char* gemm_int4(const Gemm& args, Product product, const Launch& launch);
 const char* gemm_int4_hopper(const Gemm& args, const Launch& launch);
 // means: core/reference.py gemm_nvfp4
 const char* gemm_nvfp4(const Gemm& args, const Launch& launch);
+// The same on sm_120a and sm_121a, by products that multiply by the scales themselves.
+const char* gemm_mxf4(const Gemm& args, const Launch& launch);
 
 // means: core/reference.py gemm_int8
 const char* gemm_int8(const GemmInt8& args, const Launch& launch);

@@ -17,7 +17,9 @@ const char* quantize(const Quantize& args, const Launch& launch) {
 }
 
 const char* gemm(const Gemm& args, const Launch& launch) {
-  if (args.kind == Codes::kE2M1) return cuda::gemm_nvfp4(args, launch);
+  if (args.kind == Codes::kE2M1) {
+    return is(launch, "mxf4_sm120") ? cuda::gemm_mxf4(args, launch) : cuda::gemm_nvfp4(args, launch);
+  }
   // For one row of tiles, its pass over the weights would cost more than it saves.
   if (is(launch, "wgmma_e4m3") && args.m > 128) return cuda::gemm_int4_hopper(args, launch);
   const bool narrow = is(launch, "mma_s4") || is(launch, "mma_sm75");
@@ -36,6 +38,7 @@ const char* spellings() {
   if (arch < 75) return "";
   if (arch < 80) return "mma_sm75 mma_s8 mma_f16 gemv";
   if (arch == 90) return "wgmma_e4m3 wgmma_s8 mma_s8 mma_f16 gemv";
+  if (arch / 10 == 12) return "mxf4_sm120 mma_s8 mma_f16 gemv";
   return arch < 90 ? "mma_s4 mma_s8 mma_f16 gemv" : "mma_s8 mma_f16 gemv";
 }
 

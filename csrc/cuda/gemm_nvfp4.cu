@@ -1,13 +1,8 @@
 // NVFP4 by widening to fp16, on every card that has no instruction for it.
 //
-//   codes [M, K] bytes, scales [M, K/16] e4m3, weight_codes [N, K/2], weight_scales [N, K/16] e4m3,
-//   second_scale [1] | [N], hidden [M, R], up [N, R], bias [N]
-//   out[m, n] = second[n] * sum of (code * scale)(m, k) * (code * scale)(n, k) + hidden[m] . up[n] + bias[n]
-//   means: core/reference.py gemm_nvfp4
-//
 // e2m1 has two significant bits, an e4m3 scale four: their product has six and lies within 2^-10..2688, so that fp16
 // holds it exactly, and only the fp32 sum rounds. The rate is that of fp16 tensor cores.
-#include "epilogue.cuh"
+#include "gemm_nvfp4.cuh"
 
 namespace svdquant::cuda {
 namespace {
@@ -31,45 +26,16 @@ __device__ __forceinline__ unsigned widen_scale(unsigned char code) {
   return multiply_f16x2(half | half << 16, 0x5c005c00);  // 2^8
 }
 
+// A lane's 16 columns are a group: it needs one scale a row.
 template <class T>
-struct NvFp4Loop {
-  static constexpr int kGroups = kStep / 16;                            // of a row and step: one a lane
-  static constexpr int kScaleBytes = (T::kM + T::kN) * kGroups;         // bytes: activations' rows, then weights'
-  static constexpr int kSharedBytes = kStages * (T::kStageBytes + kScaleBytes);
-
-  const Gemm& p;
-  const Place<T>& place;
-  char* memory;
-  Sums<T> sums = {};
-
-  __device__ __forceinline__ NvFp4Loop(const Gemm& args, const Place<T>& at)
-      : p(args), place(at), memory(shared_memory()) {}
-
-  __device__ __forceinline__ unsigned char* scales_of(int stage) const {
-    return reinterpret_cast<unsigned char*>(memory + kStages * T::kStageBytes + stage * kScaleBytes);
-  }
-
-  // Codes by asynchronous copies; scales, of which a row has four bytes at any address, by ordinary ones.
-  __device__ __forceinline__ void copy(int64_t step, int stage) {
-    copy_codes<T>(p, place, step, memory + stage * T::kStageBytes);
-    unsigned char* to = scales_of(stage);
-    for (int i = threadIdx.x; i < kScaleBytes; i += T::kThreads) {
-      const int slot = i / kGroups;
-      const bool is_weight = slot >= T::kM;
-      const Floats from = is_weight ? p.weight_scales : p.scales;
-      const int64_t row = is_weight ? place.column0 + slot - T::kM : place.row0 + slot;
-      const int64_t group = step * kGroups + i % kGroups;
-      const bool exists = row < (is_weight ? p.n : p.m) && group * 16 < p.k;
-      const unsigned char* at = static_cast<const unsigned char*>(from.data) + row * from.stride + group;
-      st_shared(to + i, exists ? ld_global(at) : static_cast<unsigned char>(0));
-    }
-  }
+struct NvFp4Loop : NvFp4Stages<T> {
+  using NvFp4Stages<T>::NvFp4Stages, NvFp4Stages<T>::place, NvFp4Stages<T>::memory, NvFp4Stages<T>::sums;
 
   __device__ __forceinline__ void multiply(int64_t, int stage) {
     const char* codes = memory + stage * T::kStageBytes;
     const uint4* acts = reinterpret_cast<const uint4*>(codes);
     const uint2* weights = reinterpret_cast<const uint2*>(codes + T::kM * kStep);
-    const unsigned char* scales = scales_of(stage);
+    const unsigned char* scales = reinterpret_cast<const unsigned char*>(this->scales_of(stage));
     unsigned b[T::kNs][kGroups][2];
 #pragma unroll
     for (int j = 0; j < T::kNs; ++j) {
@@ -108,35 +74,11 @@ struct NvFp4Loop {
       }
     }
   }
-
-  // The scale above the scales, one a tensor or one a row.
-  __device__ __forceinline__ void multiply_second_scale() {
-    const Floats& second = p.second_scale;
-#pragma unroll
-    for (int j = 0; j < T::kNs; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int64_t column = place.column0 + place.warp_column + 8 * j + 2 * place.t + e;
-        if (column >= p.n) continue;
-        const float scale = load_one(second.data, second.dtype, column * second.stride);
-#pragma unroll
-        for (int i = 0; i < T::kMs; ++i) {
-          sums[i][j][e] = cuda::multiply(sums[i][j][e], scale);
-          sums[i][j][e + 2] = cuda::multiply(sums[i][j][e + 2], scale);
-        }
-      }
-    }
-  }
 };
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 2) gemm_nvfp4_kernel(Gemm p) {
-  const Place<T> place(p.m);
-  NvFp4Loop<T> loop(p, place);
-  run_pipeline(loop, ceil_div(p.k, kStep));
-  loop.multiply_second_scale();
-  add_branch<T>(p, place, loop.sums);
-  store_sums<T>(p, place, loop.sums);
+  multiply_tile<T, NvFp4Loop<T>>(p);
 }
 
 template <class T>
@@ -149,9 +91,7 @@ const char* run_gemm_nvfp4(const Gemm& p, const Launch& launch) {
 
 const char* gemm_nvfp4(const Gemm& args, const Launch& launch) {
   if (args.m == 0 || args.n == 0) return nullptr;
-  if (!is_aligned(args.codes, 16)) return "codes must begin at a multiple of 16 bytes";
-  if (!is_aligned(args.weight_codes, 8)) return "weight codes must begin at a multiple of 8 bytes";
-  if (args.out.dtype == DType::kE4M3) return "the output must be fp32, bf16 or fp16";
+  if (const char* why = refused_nvfp4(args)) return why;
   if (prefers_small_tile(args.m, args.n)) return run_gemm_nvfp4<SmallTile>(args, launch);
   return run_gemm_nvfp4<LargeTile>(args, launch);
 }

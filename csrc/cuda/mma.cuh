@@ -56,6 +56,19 @@ SVDQUANT_MMA_FLOAT(mma_m16n8k16_f16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.
 SVDQUANT_MMA_FLOAT(mma_m16n8k16_bf16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
 #endif
 
+// A product of e2m1 in which the instruction multiplies by a ue4m3 scale for each 16 of k: byte i of a register belongs
+// to the i-th 16. The pairs of zeros say which lanes' registers are meant (as in CUTLASS's traits for sm_120): of each
+// four the first for row g of A, the second for row g + 8; the first for column g of B.
+#if SVDQUANT_MXF4
+__device__ __forceinline__ void mma_m16n8k64_mxf4(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                                                  unsigned a_scales, unsigned b_scales) {
+  asm("mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue4m3 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, %10, {0, 0}, %11, {0, 0};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(a_scales), "r"(b_scales));
+}
+#endif
+
 }  // namespace svdquant::cuda
 #endif  // __CUDACC__
 
@@ -64,6 +77,7 @@ namespace svdquant::cuda {
 // The native products of 4-bit integers exist here; elsewhere the instruction is a call to some 180 others.
 constexpr bool kHasInt4 = SVDQUANT_ARCH >= 75 && SVDQUANT_ARCH < 90;
 constexpr bool kHasBf16 = SVDQUANT_ARCH >= 80;
+constexpr bool kHasMxf4 = SVDQUANT_MXF4;
 
 // c += A * B, 16 x 32 by 32 x 8, int8.
 __device__ __forceinline__ void mma_s8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
@@ -115,6 +129,15 @@ __device__ __forceinline__ void mma_bf16([[maybe_unused]] float (&c)[4], [[maybe
                                          [[maybe_unused]] const unsigned (&b)[2]) {
 #if SVDQUANT_ARCH >= 80
   mma_m16n8k16_bf16(c, a, b);
+#endif
+}
+
+// c += A * B, 16 x 64 by 64 x 8, e2m1 times its scales; not on other cards, where no caller remains.
+__device__ __forceinline__ void mma_mxf4([[maybe_unused]] float (&c)[4], [[maybe_unused]] const unsigned (&a)[4],
+                                         [[maybe_unused]] const unsigned (&b)[2], [[maybe_unused]] unsigned a_scales,
+                                         [[maybe_unused]] unsigned b_scales) {
+#if SVDQUANT_MXF4
+  mma_m16n8k64_mxf4(c, a, b, a_scales, b_scales);
 #endif
 }
 

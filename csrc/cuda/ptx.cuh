@@ -17,6 +17,13 @@
 #define SVDQUANT_ARCH 0  // the host's pass over a .cu file, which reads the kernels and compiles none
 #endif
 
+// Products of 4-bit floats with their scales, which only code for exactly this architecture may use.
+#if defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
+#define SVDQUANT_MXF4 1
+#else
+#define SVDQUANT_MXF4 0
+#endif
+
 namespace svdquant::cuda {
 
 // The block's dynamic shared memory.
@@ -46,7 +53,7 @@ __device__ __forceinline__ void st_shared(T* to, T value) {
   *to = value;
 }
 
-// kBytes (8 or 16) from global to shared memory, or zeros (9.7.9.25.3.1). Without cp.async, on Turing, a plain copy.
+// kBytes (4, 8 or 16) from global to shared memory, or zeros (9.7.9.25.3.1). Without cp.async, on Turing, a plain copy.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* to, const void* from, bool valid) {
 #if SVDQUANT_ARCH >= 80
@@ -55,11 +62,14 @@ __device__ __forceinline__ void cp_async(void* to, const void* from, bool valid)
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(kBytes), "r"(bytes)
+                 : "memory");
   }
 #else
   if constexpr (kBytes == 16) {
     *static_cast<uint4*>(to) = valid ? __ldg(static_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
+  } else if constexpr (kBytes == 4) {
+    *static_cast<unsigned*>(to) = valid ? __ldg(static_cast<const unsigned*>(from)) : 0;
   } else {
     *static_cast<uint2*>(to) = valid ? __ldg(static_cast<const uint2*>(from)) : uint2{0, 0};
   }

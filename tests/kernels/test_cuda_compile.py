@@ -20,6 +20,7 @@ CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 CARDS = ("75", "80", "86", "89", "90a", "100a", "120a")
 NARROW = ("80", "86", "89")  # with products of 4-bit integers
 HOPPER = ("90a",)
+FLOATS = ("120a",)  # with products of 4-bit floats and their scales
 
 
 def on(cards: tuple[str, ...], *instructions: str) -> dict[str, set[str]]:
@@ -36,6 +37,7 @@ INSTRUCTIONS = {
     "gemm_int4_wide.cu": on(EVERYWHERE_ELSE, "IMMA.16832.S8.S8") | on(TURING, "IMMA.8816.S8.S8"),
     "gemm_w8a8.cu": on(EVERYWHERE_ELSE, "IMMA.16832.S8.S8") | on(TURING, "IMMA.8816.S8.S8"),
     "gemm_nvfp4.cu": on(EVERYWHERE_ELSE, "HMMA.16816.F32") | on(TURING, "HMMA.1688.F32"),
+    "gemm_mxf4.cu": on(CARDS) | on(FLOATS, "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"),
     "quantize_int.cu": HALVES,
     "quantize_int8.cu": HALVES,
     "quantize_nvfp4.cu": HALVES,

@@ -121,11 +121,17 @@ def test_refusals():
 
 # ---- NVFP4 ----
 
+NVFP4_SPELLINGS = {  # product, card
+    "f16-sm75": ("nvfp4", 75),
+    "f16-sm80": ("nvfp4", 80),
+    "mxf4-sm120": ("mxf4", 120),
+}
 NVFP4_SHAPES = {  # M, N, K, R
     "m=1-one-token": (1, 64, 64, 16),
     "m=17-tail": (17, 72, 192, 40),
     "k=16-one-group": (3, 33, 16, 16),
     "k=208-part-of-a-step": (5, 65, 208, 0),
+    "k=512-scales-as-words": (20, 65, 512, 16),
     "m=130-n=2052-large-tile": (130, 2052, 80, 16),
     "m=0-empty": (0, 64, 64, 16),
 }
@@ -140,15 +146,16 @@ def nvfp4_inputs(m, n, k, r, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["in-order", "backwards"])
-@pytest.mark.parametrize("arch", [75, 80], ids=["sm75", "sm80"])
+@pytest.mark.parametrize(("product", "arch"), NVFP4_SPELLINGS.values(), ids=NVFP4_SPELLINGS)
 @pytest.mark.parametrize(("m", "n", "k", "r"), NVFP4_SHAPES.values(), ids=NVFP4_SHAPES)
-def test_gemm_nvfp4(arch, backwards, m, n, k, r):
+def test_gemm_nvfp4(product, arch, backwards, m, n, k, r):
     args = nvfp4_inputs(m, n, k, r)
-    got = Kernels(arch, backwards).gemm("nvfp4", "nvfp4", *args)
+    got = Kernels(arch, backwards).gemm(product, "nvfp4", *args)
     assert_close(got, reference.gemm_nvfp4(*args), "split_branch")
 
 
-def test_nvfp4_operands_are_exact():
+@pytest.mark.parametrize(("product", "arch"), NVFP4_SPELLINGS.values(), ids=NVFP4_SPELLINGS)
+def test_nvfp4_operands_are_exact(product, arch):
     """Every code at every scale, both sides: one product at a time, which no rounding may touch."""
     scales = torch.arange(127, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)  # all but NaN
     codes = torch.zeros(127, 16, dtype=torch.uint8)
@@ -165,14 +172,64 @@ def test_nvfp4_operands_are_exact():
         up=empty,
     )
     args = codes, scales[:, None], empty, weights
-    assert torch.equal(Kernels(80).gemm("nvfp4", "nvfp4", *args), reference.gemm_nvfp4(*args))
+    assert torch.equal(Kernels(arch).gemm(product, "nvfp4", *args), reference.gemm_nvfp4(*args))
 
 
+@pytest.mark.parametrize(("product", "arch"), NVFP4_SPELLINGS.values(), ids=NVFP4_SPELLINGS)
+def test_every_column_meets_its_own_scale(product, arch):
+    """One code a row, each at another column, under scales that are all different: 128 columns and their tail."""
+    k = 144
+    codes, packed = torch.eye(k).to(torch.uint8) * 2, int4.pack_nibbles(torch.full((9, k), 2))  # ones
+    scales = torch.arange(8, 8 + k // 16).to(torch.uint8).expand(k, -1).contiguous().view(torch.float8_e4m3fn)
+    theirs = (
+        torch.arange(40, 40 + k // 16).to(torch.uint8).expand(9, -1).contiguous().view(torch.float8_e4m3fn)
+    )
+    weights = LinearWeights(
+        NVFP4,
+        packed,
+        theirs,
+        torch.ones(1),
+        smooth=torch.ones(k),
+        down=torch.zeros(0, k),
+        up=torch.zeros(9, 0),
+    )
+    got = Kernels(arch).gemm(product, "nvfp4", codes, scales, torch.zeros(k, 0), weights)
+    group = torch.arange(k) // 16
+    assert torch.equal(got, (scales.float() * theirs[:1].float())[:, group].diagonal()[:, None].expand(-1, 9))
+
+
+@pytest.mark.parametrize(("product", "arch"), NVFP4_SPELLINGS.values(), ids=NVFP4_SPELLINGS)
+def test_nvfp4_scales_that_are_no_numbers(product, arch):
+    """A scale of -0 is 0, and one of NaN spoils its row alone."""
+    codes, scales, hidden, weights = nvfp4_inputs(5, 33, 80, 16)
+    scales.view(torch.uint8)[0], scales.view(torch.uint8)[1, 4] = 0x80, 0x7F
+    args = codes, scales, hidden, weights
+    got, want = Kernels(arch).gemm(product, "nvfp4", *args), reference.gemm_nvfp4(*args)
+    assert got[1].isnan().all() and not got[[0, 2, 3, 4]].isnan().any()
+    assert_close(got[[0, 2, 3, 4]], want[[0, 2, 3, 4]], "split_branch")
+
+
+@pytest.mark.parametrize(("product", "arch"), NVFP4_SPELLINGS.values(), ids=NVFP4_SPELLINGS)
+def test_nvfp4_negative_scales_of_weights(product, arch):
+    """No packer is known to write them, and nothing in the format forbids them."""
+    codes, scales, hidden, weights = nvfp4_inputs(5, 33, 208, 16)
+    weights.scales.view(torch.uint8)[::2, ::3] |= 0x80
+    weights.scales.view(torch.uint8)[1::2, 1::2] |= 0x80
+    args = codes, scales, hidden, weights
+    assert_close(Kernels(arch).gemm(product, "nvfp4", *args), reference.gemm_nvfp4(*args), "split_branch")
+
+
+def test_mxf4_is_refused_elsewhere():
+    with pytest.raises(KernelError, match="no products of 4-bit floats"):
+        Kernels(80).gemm("mxf4", "nvfp4", *nvfp4_inputs(2, 64, 64, 16))
+
+
+@pytest.mark.parametrize(("product", "arch"), NVFP4_SPELLINGS.values(), ids=NVFP4_SPELLINGS)
 @pytest.mark.parametrize("per_row", [False, True], ids=["tensor-scale", "row-scale"])
-def test_nvfp4_second_scale(per_row):
+def test_nvfp4_second_scale(per_row, product, arch):
     codes, scales, hidden, weights = nvfp4_inputs(3, 40, 64, 16)
     if per_row:
         weights = replace(weights, second_scale=torch.rand(40, dtype=torch.float32) + 0.5)
     args = codes, scales, hidden, weights
-    got = Kernels(80).gemm("nvfp4", "nvfp4", *args, dtype=torch.bfloat16)
+    got = Kernels(arch).gemm(product, "nvfp4", *args, dtype=torch.bfloat16)
     assert_close(got, reference.gemm_nvfp4(*args), "bf16_output")

@@ -15,7 +15,7 @@ from svdquant_nodes.tests.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
 
-SPELLINGS = {"mma_s4": 80, "mma_s8": 90, "mma_sm75": 75}
+SPELLINGS = {"mma_s4": 80, "mma_s8": 90, "mma_sm75": 75, "mxf4_sm120": 120}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -30,7 +30,7 @@ def test_layer(spelling, arch, name, dtype):
     assert_close(got, linear.linear(x, weights, reference), "split_branch")
 
 
-@pytest.mark.parametrize("arch", [75, 80, 90], ids="sm{}".format)
+@pytest.mark.parametrize("arch", [75, 80, 90, 120], ids="sm{}".format)
 def test_spellings_of_a_card_are_the_rows_of_the_table(arch):
     listed = library(arch).list_spellings
     listed.restype = ctypes.c_char_p

@@ -139,6 +139,41 @@ def test_matrix_instruction(name):
     assert torch.equal(got, (start + a @ b).float())
 
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+
+
+def scale_registers(of_a, of_b):
+    """Scales of ue4m3, [16, 4] and [8, 4], as 32 lanes hold them for selectors of 0 (CUTLASS, traits for sm_120).
+
+    Lanes 4g and 4g + 1 hold rows g and g + 8, lane 4g holds column g; the others' registers, 448 here, are not read.
+    """
+    lanes = torch.full((32, 2, 4), 0x7E, dtype=torch.uint8)
+    for g in range(8):
+        lanes[4 * g, 0], lanes[4 * g + 1, 0], lanes[4 * g, 1] = of_a[g], of_a[g + 8], of_b[g]
+    return lanes.view(torch.uint32).squeeze(-1)
+
+
+def test_scaled_instruction():
+    a, b, scales = torch.randint(0, 16, (16, 64)), torch.randint(0, 16, (64, 8)), torch.randperm(127)[:96]
+    of_a, of_b, c = scales[:64].view(16, 4), scales[64:].view(8, 4), torch.zeros(32, 4)
+    codes = (registers(a, a_m16n8k64_s4, 4, ""), registers(b, b_m16n8k64_s4, 4, ""))
+    assert call("run_scaled", *codes, scale_registers(of_a, of_b), c) is None
+    got = torch.empty(16, 8)
+    for lane in range(32):
+        for i in range(4):
+            got[c_m16(lane >> 2, lane % 4, i)] = c[lane, i]
+    left, right = (s.to(torch.uint8).view(torch.float8_e4m3fn).double() for s in (of_a, of_b))
+    left = E2M1[a] * left.repeat_interleave(16, 1)
+    assert torch.equal(got, (left @ (E2M1[b] * right.repeat_interleave(16, 1).T)).float())
+
+
+def test_scale_with_a_sign_is_noticed():
+    words = torch.zeros(32, 2, dtype=torch.uint32)
+    words.view(torch.int32)[5, 1] = -(2**31)
+    zeros = (torch.zeros(32, size, dtype=torch.uint32) for size in (4, 2))
+    assert "a scale of ue4m3 with a sign" in call("run_scaled", *zeros, words, torch.zeros(32, 4))
+
+
 # ---- floats ----
 
 

@@ -102,7 +102,8 @@ def test_the_kernels_of_this_processor_pass():
 
 @pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
 @pytest.mark.parametrize(
-    ("spelling", "arch"), [("mma_sm75", 75), ("mma_s4", 80), ("mma_s8", 90), ("wgmma_e4m3", 90)]
+    ("spelling", "arch"),
+    [("mma_sm75", 75), ("mma_s4", 80), ("mma_s8", 90), ("wgmma_e4m3", 90), ("mxf4_sm120", 120)],
 )
 def test_the_kernels_of_a_gpu_pass_when_emulated(monkeypatch, spelling, arch):
     """Small tiles only: the emulator takes a second for a large one."""

@@ -27,6 +27,7 @@ const char* quantize_int8(const Quantize* args) { return cuda::quantize_int8(*ar
 const char* quantize_nvfp4(const Quantize* args) { return cuda::quantize_nvfp4(*args, {}); }
 
 const char* gemm_by_nvfp4(const Gemm* args) { return cuda::gemm_nvfp4(*args, {}); }
+const char* gemm_by_mxf4(const Gemm* args) { return cuda::gemm_mxf4(*args, {}); }
 const char* gemm_by_int4(const Gemm* args) { return cuda::gemm_int4(*args, cuda::Product::kInt4, {}); }
 const char* gemm_by_int8(const Gemm* args) { return cuda::gemm_int4(*args, cuda::Product::kInt8, {}); }
 const char* gemm_w8a8(const GemmInt8* args) { return cuda::gemm_int8(*args, {}); }

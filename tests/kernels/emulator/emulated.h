@@ -6,6 +6,8 @@
 
 #include "block.h"
 
+#define SVDQUANT_MXF4 (SVDQUANT_ARCH / 10 == 12)
+
 #define __global__
 #define __device__
 #define __host__
@@ -260,6 +262,70 @@ EMULATED_M16(mma_m16n8k16_bf16, 16, BF16, BF16, float)
 inline void mma_m16n8k8_f16(float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
   WarpProduct<16, 8, F16, F16, float> p = {{&c[0], &c[1], &c[2], &c[3]}, {a0, a1}, {b}};
   p.run("mma_m16n8k8_f16");
+}
+
+// ---- products with block scales ----
+
+// s1.e2m1: 0 0.5 1 1.5 2 3 4 6 and their negatives.
+inline double from_e2m1(unsigned bits) {
+  const int exponent = bits >> 1 & 3, mantissa = bits & 1;
+  const double magnitude = exponent ? std::ldexp(2.0 + mantissa, exponent - 2) : 0.5 * mantissa;
+  return bits & 8 ? -magnitude : magnitude;
+}
+
+// 0.e4.m3, bias 7: all ones is NaN, there is no infinity.
+inline double from_ue4m3(unsigned bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if (exponent == 15 && mantissa == 7) return NAN;
+  return exponent ? std::ldexp(8.0 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+}
+
+// m16n8k64 of e2m1 with scale_vec::4X. Element i of a lane, as of other 4-bit types: A row g where i < 8 or
+// 16 <= i < 24, else g + 8; k = 8t + i % 8, from i = 16 on (B: from 8 on) 32 more. Scales lie as CUTLASS's traits
+// for sm_120 have them: with selectors of 0 the first two lanes of four hold those of rows g and g + 8, the first those
+// of column g, in byte k / 16 of the register.
+struct ScaledProduct {
+  float (&c)[4];
+  const unsigned (&a)[4];
+  const unsigned (&b)[2];
+  unsigned a_scales, b_scales;
+
+  static unsigned bits(const unsigned* registers, int i, int width) {
+    return registers[i * width / 32] >> i * width % 32 & ((1u << width) - 1);
+  }
+
+  static void work(void* const* operands) {
+    const auto lane = [&](int i) -> const ScaledProduct& { return *static_cast<const ScaledProduct*>(operands[i]); };
+    double left[16][64], right[64][8];
+    for (int l = 0; l < emulator::kWarp; ++l) {
+      const int g = l >> 2, t = l & 3;
+      for (int i = 0; i < 32; ++i) {
+        const int row = i < 8 || (i >= 16 && i < 24) ? g : g + 8;
+        const int k = i < 16 ? 8 * t + (i & 7) : 8 * t + (i & 7) + 32;
+        const unsigned scale = bits(&lane((row & 7) * 4 + (row >> 3)).a_scales, k / 16, 8);
+        left[row][k] = from_e2m1(bits(lane(l).a, i, 4)) * from_ue4m3(scale);
+      }
+      for (int i = 0; i < 16; ++i) {
+        const int k = i < 8 ? 8 * t + (i & 7) : 8 * t + (i & 7) + 32;
+        right[k][g] = from_e2m1(bits(lane(l).b, i, 4)) * from_ue4m3(bits(&lane(4 * g).b_scales, k / 16, 8));
+      }
+    }
+    for (int l = 0; l < emulator::kWarp; ++l) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = i < 2 ? l >> 2 : (l >> 2) + 8, column = (l & 3) * 2 + (i & 1);
+        double sum = lane(l).c[i];
+        for (int k = 0; k < 64; ++k) sum += left[row][k] * right[k][column];
+        lane(l).c[i] = static_cast<float>(sum);
+      }
+    }
+  }
+};
+
+inline void mma_m16n8k64_mxf4(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], unsigned a_scales,
+                              unsigned b_scales) {
+  if ((a_scales | b_scales) & 0x80808080) Block::current().fail("mma: a scale of ue4m3 with a sign");
+  ScaledProduct p = {c, a, b, a_scales, b_scales};
+  Block::current().meet("mma_m16n8k64_mxf4", &p, &ScaledProduct::work);
 }
 
 }  // namespace svdquant::cuda

@@ -150,6 +150,13 @@ const char* run_instruction(const char* name, const unsigned* a, const unsigned*
   return "no such instruction";
 }
 
+// The product with block scales: `scales` holds A's and B's register of each lane.
+const char* run_scaled(const unsigned* a, const unsigned* b, const unsigned* scales, float* c) {
+  return run_lanes<4, 2, 4, float>(a, b, c, [&](float(&s)[4], const unsigned(&x)[4], const unsigned(&y)[2]) {
+    mma_m16n8k64_mxf4(s, x, y, scales[2 * thread()], scales[2 * thread() + 1]);
+  });
+}
+
 const char* round_16(const float* from, unsigned short* bf16, unsigned short* f16, int64_t count) {
   for (int64_t i = 0; i < count; ++i) bf16[i] = to_bf16(from[i]), f16[i] = to_f16(from[i]);
   return nullptr;
