@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything to be done with a GPU, in one command of at most nine minutes: build, tests, checkers, figures.
 #
-#   benchmarks/gpu.sh            results in out/, or in $OUT
+#   benchmarks/gpu.sh            results in out/, or in $OUT: summary.txt, log.txt, gpu.md, gpu.json, clocks.csv
 #   benchmarks/gpu.sh --dry      the same steps without a GPU, on tiny shapes: tries the scripts
 #
 # A step that fails is reported and does not stop the next; the exit status says whether all passed.
@@ -22,17 +22,19 @@ step() { # name, most seconds, command...: also ends when the time of all is ove
     local left=$((limit - SECONDS)) begin=$SECONDS
     [ "$left" -ge 10 ] || { say "$name: left out, no time"; return; }
     echo "== $name"
-    timeout "$((seconds < left ? seconds : left))" "$@" >"$out/$name.log" 2>&1
+    echo "== $name" >>"$out/log.txt"
+    timeout "$((seconds < left ? seconds : left))" "$@" >>"$out/log.txt" 2>&1
     local status=$?
     say "$name: $([ $status = 0 ] && echo passed || echo "FAILED ($status)"), $((SECONDS - begin)) s"
-    [ $status = 0 ] || { failed=1; tail -n 20 "$out/$name.log"; }
+    [ $status = 0 ] || { failed=1; tail -n 20 "$out/log.txt"; }
 }
 
 : >"$out/summary.txt"
+: >"$out/log.txt"
 export PYTHONUNBUFFERED=1
-git rev-parse HEAD >"$out/commit.txt" 2>/dev/null || true
+say "commit $(git rev-parse HEAD 2>/dev/null || echo unknown)"
 if [ -z "$dry" ]; then
-    nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.draw,temperature.gpu --format=csv >"$out/device.csv" ||
+    nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.draw,temperature.gpu --format=csv | tee -a "$out/summary.txt" ||
         { echo "no NVIDIA GPU here: benchmarks/gpu.sh --dry tries the scripts without one"; exit 1; }
     nvidia-smi --query-gpu=clocks.sm,power.draw,temperature.gpu --format=csv,noheader -lms 500 >"$out/clocks.csv" &
     watcher=$!
