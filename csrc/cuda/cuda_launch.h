@@ -8,7 +8,7 @@ namespace svdquant::cuda {
 // How 4-bit integers are multiplied.
 enum class Product {
   kInt4,  // 4-bit tensor cores, sm_75 to sm_89
-  kInt8,  // widened to int8, everywhere; also takes int8 activations
+  kInt8,  // widened to int8, everywhere
 };
 
 // means: core/reference.py quantize_int4, quantize_int4_unsigned
