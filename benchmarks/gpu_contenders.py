@@ -86,7 +86,7 @@ def by_spelling(op: str, work: Work, device: str, of: str = "") -> Iterator[tupl
 def rows_here(device: str, op: str) -> list[select.Spelling]:
     """The table's rows for an op that this device can run."""
     here = ops.device(device)
-    rows = [row for row in select.SPELLINGS if row.device == device and row.built and op in row.ops]
+    rows = [row for row in select.SPELLINGS if row.device == device and op in row.ops]
     return [row for row in rows if not here.missing and not row.needs(here)]
 
 

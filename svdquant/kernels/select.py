@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 REFERENCE, WEIGHT_ONLY = "reference", "weight_only"  # op sets in plain torch, for any device
-UNBUILT = "not built in this version"
 QUANTIZERS = ("quantize_int4", "quantize_int4_unsigned", "quantize_nvfp4")
 GEMMS = ("gemm_int4", "gemm_nvfp4")
 FILE_OPS = (*QUANTIZERS, *GEMMS, "gemv_awq")  # for layers as files hold them
@@ -68,7 +67,6 @@ class Spelling:
     """A row of the table: what a spelling is for, and what it needs.
 
     needs       what a device lacks for it, "" if nothing
-    built       False while its sources do not exist
     on_request  why it runs only where it is asked for by name, "" if it may be chosen
     """
 
@@ -77,7 +75,6 @@ class Spelling:
     ops: tuple[str, ...]
     needs: Callable[[Device], str]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    built: bool = True
     on_request: str = ""
 
 
@@ -138,9 +135,7 @@ class Choice:
 
     def sentence(self) -> str:
         """For people: "avx2 (not avx512: this processor has no avx512)"."""
-        unbuilt = [name for name, why in self.against.items() if UNBUILT in why]
-        parts = [f"not {name}: {', '.join(why)}" for name, why in self.against.items() if name not in unbuilt]
-        parts += [f"{UNBUILT}: {', '.join(unbuilt)}"] if unbuilt else []
+        parts = [f"not {name}: {', '.join(why)}" for name, why in self.against.items()]
         return f"{self.spelling} ({'; '.join(parts)})" if parts else self.spelling
 
 
@@ -172,7 +167,6 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
     limited = request.op == "gemv_awq" and request.wanted != row.name
     too_many = limited and (request.tokens or 0) > MOST_AWQ_TOKENS
     checks = (
-        (not row.built, UNBUILT),
         (bool(row.on_request) and request.wanted != row.name, row.on_request),
         (request.wanted == "off", "SVDQUANT_KERNELS is off"),
         (request.wanted not in ("auto", "off", row.name), f"SVDQUANT_KERNELS asks for {request.wanted}"),

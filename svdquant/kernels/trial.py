@@ -27,9 +27,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(found: select.Device, where: torch.device, skipped: Collection[str]) -> None:
     """Try every spelling that a device could run, and say what comes of it."""
-    rows = [
-        row for row in select.SPELLINGS if row.device == found.type and row.built and not row.needs(found)
-    ]
+    rows = [row for row in select.SPELLINGS if row.device == found.type and not row.needs(found)]
     for row in rows:
         if row.name in skipped:
             continue

@@ -48,8 +48,8 @@ FOREIGN = ("avx512", "avx2") if ARM else ("neon",)  # not even compiled here
 
 
 def _rows() -> list:
-    """Every spelling that is built; a GPU's are marked, and skipped with a reason by tests/conftest.py."""
-    built = [row for row in select.SPELLINGS if row.built and row.name not in FOREIGN]
+    """Every spelling that is compiled here; a GPU's are marked, and skipped with a reason by tests/conftest.py."""
+    built = [row for row in select.SPELLINGS if row.name not in FOREIGN]
     return [
         pytest.param(row, id=row.name, marks=[pytest.mark.gpu] if row.device == "cuda" else [])
         for row in built

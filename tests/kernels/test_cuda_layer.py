@@ -35,7 +35,7 @@ def test_spellings_of_a_card_are_the_rows_of_the_table(arch):
     listed = library(arch).list_spellings
     listed.restype = ctypes.c_char_p
     card = select.Device("cuda", capability=divmod(arch, 10))
-    rows = [row for row in select.SPELLINGS if row.device == "cuda" and row.built]
+    rows = [row for row in select.SPELLINGS if row.device == "cuda"]
     assert listed().decode().split() == [row.name for row in rows if not row.needs(card)]
 
 

@@ -76,7 +76,7 @@ def test_the_self_test_passes_in_half_a_second():
 def test_the_library_lists_the_rows_of_the_table():
     listed = torch.ops.svdquant.spellings(torch.empty(0, device="cuda")).split()
     here = ops.device("cuda")
-    rows = [row for row in select.SPELLINGS if row.device == "cuda" and row.built]
+    rows = [row for row in select.SPELLINGS if row.device == "cuda"]
     assert set(listed) == {row.name for row in rows if not row.needs(here)}
 
 
