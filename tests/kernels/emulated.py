@@ -1,13 +1,15 @@
 """The CUDA kernels on a CPU: the .cu sources compiled as plain C++ over tests/kernels/emulator, called by ctypes.
 
-`kernels(arch)` builds the library for one card, once a session. Every call hands over exactly its tensors: an access
-outside them, a race or a stray barrier comes back as a `KernelError` with the emulator's sentence.
+`library(arch)` builds the library for one card, and keeps it beside pytest's other files until a source changes. Every
+call hands over exactly its tensors: an access outside them, a race or a stray barrier comes back as a `KernelError`
+with the emulator's sentence.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from svdquant_nodes.svdquant.core.weights import LinearWeights
@@ -34,6 +37,7 @@ FLAGS = [
     "-fPIC",
     "-shared",
 ]
+KEPT = ROOT / ".pytest_cache" / "emulated"
 COMPILER = shutil.which("g++")
 SOURCES = tuple(sorted(CUDA.glob("*.cu")))
 
@@ -95,12 +99,39 @@ STRUCTS = (Floats, Quantize, Gemm, GemmInt8, Gemv)
 @functools.cache
 def library(arch: int) -> ctypes.CDLL | str:
     """The kernels as they are for a card of compute capability arch / 10, or why they do not compile."""
-    with tempfile.TemporaryDirectory(prefix="emulated-") as folder:
-        flags = [*FLAGS, f"-DSVDQUANT_ARCH={arch}", f"-I{CUDA}", f"-I{EMULATOR}", "-x", "c++", "-c"]
+    path = KEPT / f"sm{arch}-{_digest(arch)}.so"
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with FileLock(KEPT / f"sm{arch}.lock"):
+        if not path.exists() and (problem := _build(arch, path)):
+            return problem
+    loaded = ctypes.CDLL(str(path))
+    for which, struct in enumerate(STRUCTS):
+        if loaded.size_of_struct(which) != ctypes.sizeof(struct):
+            return f"{struct.__name__} is not what csrc/launch.h says: adapt this file"
+    return loaded
+
+
+def _flags(arch: int) -> list[str]:
+    return [*FLAGS, f"-DSVDQUANT_ARCH={arch}", f"-I{CUDA}", f"-I{EMULATOR}"]
+
+
+def _digest(arch: int) -> str:
+    """Of all a library is made of."""
+    version = subprocess.run([COMPILER, "--version"], check=True, capture_output=True).stdout
+    headers = [CUDA.parent / "launch.h", *CUDA.glob("*.cuh"), *EMULATOR.glob("*.h")]
+    files = sorted([*SOURCES, *headers, *EMULATOR.glob("*.cpp")])
+    made_of = [repr(_flags(arch)).encode(), version, *(file.read_bytes() for file in files)]
+    return hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
+
+
+def _build(arch: int, path: Path) -> str | None:
+    """Compile, and leave no older library of this card; why it failed, or None."""
+    with tempfile.TemporaryDirectory(prefix="emulated-", dir=KEPT) as folder:
 
         def compiled(source: Path) -> Path:
             to = Path(folder, f"{source.stem}.o")
-            subprocess.run([COMPILER, *flags, source, "-o", to], check=True, capture_output=True, text=True)
+            command = [COMPILER, *_flags(arch), "-x", "c++", "-c", source, "-o", to]
+            subprocess.run(command, check=True, capture_output=True, text=True)
             return to
 
         try:
@@ -108,12 +139,12 @@ def library(arch: int) -> ctypes.CDLL | str:
                 objects = list(pool.map(compiled, [*SOURCES, *EMULATOR.glob("*.cpp")]))
         except subprocess.CalledProcessError as e:
             return f"{e.cmd[-3].name} is no C++: {e.stderr}"
-        subprocess.run([COMPILER, "-shared", *objects, "-o", f"{folder}/kernels.so"], check=True)
-        loaded = ctypes.CDLL(f"{folder}/kernels.so")
-    for which, struct in enumerate(STRUCTS):
-        if loaded.size_of_struct(which) != ctypes.sizeof(struct):
-            return f"{struct.__name__} is not what csrc/launch.h says: adapt this file"
-    return loaded
+        linked = Path(folder, path.name)
+        subprocess.run([COMPILER, "-shared", *objects, "-o", linked], check=True)
+        for older in KEPT.glob(f"sm{arch}-*.so"):
+            older.unlink()
+        linked.rename(path)
+    return None
 
 
 def _poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
