@@ -46,6 +46,20 @@ def unsign(weights: LinearWeights) -> LinearWeights:
     return replace(weights, spec=spec, bias=bias.to(weights.smooth.dtype))
 
 
+def holds_shift(weights: LinearWeights) -> bool:
+    """Whether a layer's bias takes out a shift of GELU_SHIFT, as `unsign` makes it; the file does not say.
+
+    The model's own bias knows nothing of the rows' sums, so the least-squares slope of the stored one on them is near
+    0 or near 1. A few hundred rows tell.
+    """
+    if weights.bias is None:
+        return False
+    few = weights.rows(slice(0, 512))
+    offset = reference.residual(few).sum(-1) * -GELU_SHIFT
+    offset, bias = offset - offset.mean(), few.bias.float() - few.bias.float().mean()
+    return bool(offset @ bias > 0.5 * (offset @ offset))
+
+
 def to_engine(weights: LinearWeights, splits: int, act_shift: float) -> LinearWeights:
     """A linear of the model's own convention as the engine wants it in a place with these roles."""
     if splits and weights.spec.format == "awq":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.linear import Part
 from ..core.weights import GELU_SHIFT, LinearWeights
-from .conventions import ENGINE_DIALECTS
+from .conventions import ENGINE_DIALECTS, holds_shift
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -27,6 +27,7 @@ class Role:
     """What a stored linear's place in the model says and its tensors do not.
 
     act_shift     activations are unsigned after this shift (int4 files of the engine only)
+    shift_in_bias whether only where the bias shows that (writers of this family differ)
     splits        modulation chunks: rows are interleaved and the scale chunks' bias holds a folded +1; 0 if none
                   (files of the engine only, see `conventions.py`)
     out_features  true sizes below the padding, None where the stored ones are true
@@ -35,6 +36,7 @@ class Role:
     """
 
     act_shift: float = 0.0
+    shift_in_bias: bool = False
     splits: int = 0
     out_features: int | None = None
     in_features: int | None = None
@@ -46,7 +48,8 @@ def apply_role(weights: LinearWeights, role: Role) -> LinearWeights:
     if role.out_features or role.in_features:
         n, k = role.out_features or weights.out_features, role.in_features or weights.in_features
         weights = weights.crop(n, k)
-    if role.act_shift and weights.spec.format == "int4":
+    unsigned = role.act_shift and weights.spec.format == "int4"
+    if unsigned and (not role.shift_in_bias or holds_shift(weights)):
         weights = replace(weights, spec=replace(weights.spec, act_shift=role.act_shift))
     return weights
 

@@ -27,7 +27,7 @@ def flux_names(source: SourceModel) -> SourceModel | None:
     }:
         swap = {n: n[: -len("weight")] + "scale" for n in source.shapes if n.endswith("_norm.weight")}
         return source.renamed({swap.get(name, name): ((name,), None) for name in source.shapes})
-    if not any(name.startswith("single_transformer_blocks.0.attn.to_q") for name in names):
+    if not names >= {"single_transformer_blocks.0.attn.to_q", "time_text_embed.text_embedder.linear_1"}:
         return None
     others = dict.fromkeys(source.shapes)
     mapped = flux.FAMILY.map_names(Names(dict.fromkeys(names - _plain_linears(names)), others))

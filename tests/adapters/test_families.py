@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from svdquant_nodes.svdquant.adapters import families
-from svdquant_nodes.svdquant.adapters.conventions import straighten
+from svdquant_nodes.svdquant.adapters.conventions import straighten, unsign
 from svdquant_nodes.svdquant.adapters.families import flux, native, t5
 from svdquant_nodes.svdquant.adapters.family import Names, Role, Source, apply_role, assemble
 from svdquant_nodes.svdquant.core import reference
@@ -147,6 +149,17 @@ def test_straighten_undoes_rows_and_plus_one(splits):
             assert torch.equal(model[s * d + j], stored[j * splits + s])
             folded = 1.0 if s in (1, 4) else 0.0
             assert straight.bias[s * d + j] == weights.bias[j * splits + s].float() - folded
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.3, None], ids=["no-bias-of-its-own", "a-bias", "none-stored"])
+def test_a_bias_shows_whether_a_shift_was_taken_out(bias):
+    weights = random_linear("int4", 256, 1024, seed=9)
+    own = None if bias is None else bias * torch.randn(256, generator=torch.Generator().manual_seed(1)) + 0.1
+    signed = replace(weights, bias=None if own is None else own.to(weights.smooth.dtype))
+    role = Role(act_shift=GELU_SHIFT, shift_in_bias=True)
+    assert not apply_role(signed, role).spec.act_shift
+    shifted = replace(unsign(signed), spec=signed.spec)  # as a file has it
+    assert apply_role(shifted, role).spec.act_shift == GELU_SHIFT
 
 
 def test_role_crops_and_marks_int4_only():

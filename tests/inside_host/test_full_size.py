@@ -30,15 +30,25 @@ def flux(**changes):
     return Flux(**{k: v for k, v in config.items() if k in FluxParams.__dataclass_fields__}, **META)
 
 
-def klein():
-    config = dict(
-        in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=7680, mlp_ratio=3.0, depth=5
-    )
-    config |= dict(
-        depth_single_blocks=20, axes_dim=[32] * 4, theta=2000, patch_size=1, qkv_bias=False, ops_bias=False
-    )
+def klein(**sizes):
+    config = dict(in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=7680, mlp_ratio=3.0)
+    config |= dict(depth=5, depth_single_blocks=20, axes_dim=[32] * 4, theta=2000, patch_size=1)
+    config |= dict(qkv_bias=False, ops_bias=False) | sizes
     config |= dict(guidance_embed=False, txt_ids_dims=[3], global_modulation=True, mlp_silu_act=True)
     return flux(**config)
+
+
+def klein_9b():
+    return klein(hidden_size=4096, num_heads=32, context_in_dim=12288, depth=8, depth_single_blocks=24)
+
+
+def chroma():
+    from comfy.ldm.chroma.model import Chroma
+
+    config = dict(in_channels=64, out_channels=64, context_in_dim=4096, hidden_size=3072, num_heads=24)
+    config |= dict(depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56], theta=10000, patch_size=2)
+    config |= dict(mlp_ratio=4.0, qkv_bias=True, txt_ids_dims=[], vec_in_dim=None)
+    return Chroma(**config, in_dim=64, out_dim=3072, hidden_dim=5120, n_layers=5, **META)
 
 
 def qwen(**config):
@@ -94,6 +104,13 @@ CASES = {  # its names and shapes; the host's class; how many tensors, where the
     "klein-4b-lite-int4": (full_size.klein_4b, klein, None),
     "klein-4b-lite-nvfp4": (partial(full_size.klein_4b, fp4=True), klein, None),
     "klein-4b-fused-int4": (partial(full_size.klein_4b, fused=True), klein, None),
+    "klein-9b-lite-int4": (full_size.klein_9b, klein_9b, None),
+    "klein-9b-lite-nvfp4": (partial(full_size.klein_9b, fp4=True), klein_9b, None),
+    "klein-9b-fused-int4": (partial(full_size.klein_9b, fused=True), klein_9b, None),
+    "chroma-int4": (full_size.chroma, chroma, None),
+    "chroma-nvfp4": (partial(full_size.chroma, fp4=True), chroma, None),
+    "chroma-lite-int4": (full_size.chroma_lite, chroma, None),
+    "chroma-lite-nvfp4": (partial(full_size.chroma_lite, fp4=True), chroma, None),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import comfy.utils
 import pytest
@@ -152,6 +153,55 @@ def publish_flux2(source):
     return publish_diffusers(source, to_host, others)
 
 
+GUIDANCE = "distilled_guidance_layer.layers.{}."
+CHROMA_STREAMS = (("img", "", ("q", "k")), ("txt", "_context", ("added_q", "added_k")))
+
+
+def guidance_names(ends=("weight", "bias")):
+    """diffusers' names of the network that makes Chroma's modulations -> the host's."""
+    steps = ((1, "in_layer"), (2, "out_layer"))
+    block = [GUIDANCE.format(i) for i in range(2)]
+    return {f"{b}linear_{i}.{e}": f"{b}{host}.{e}" for b in block for i, host in steps for e in ends}
+
+
+def publish_chroma_lite(source):
+    to_host = comfy.utils.flux_to_diffusers({"depth": 1, "depth_single_blocks": 1, "hidden_size": 256})
+    kept = {name: name for name in source if name.startswith("distilled") and "_layer." not in name[25:]}
+    source = {name.replace("_norm.scale", "_norm.weight"): t for name, t in source.items()}
+    others = r"time_text|.*ff(_context)?\.linear|single_.*\.(to_qkv_mlp_proj|attn\.to_out)|norm_out"
+    return publish_diffusers(source, to_host | guidance_names() | kept, others)
+
+
+def publish_chroma(source, last=four_bit_unsigned):
+    """In the engine's layout, v1 names; `last` makes the linear after a GELU."""
+    model = Publisher({name.replace("_norm.scale", "_norm.weight"): t for name, t in source.items()})
+    double, single = "double_blocks.0.", "single_blocks.0."
+    for stream, end, norms in CHROMA_STREAMS:
+        d = "transformer_blocks.0."
+        model.move(f"{d}qkv_proj{end}", f"{double}{stream}_attn.qkv")
+        model.move(f"{d}out_proj{end}", f"{double}{stream}_attn.proj")
+        model.move(f"{d}mlp{end}_fc1", f"{double}{stream}_mlp.0")
+        model.move(f"{d}mlp{end}_fc2", f"{double}{stream}_mlp.2", make=last)
+        for norm, host in zip(norms, ("query", "key"), strict=True):
+            model.plain[f"{d}norm_{norm}.weight"] = model.plain.pop(
+                f"{double}{stream}_attn.norm.{host}_norm.weight"
+            )
+    (w1, b1), (w2, b2) = model.take(single + "linear1"), model.take(single + "linear2")
+    s = "single_transformer_blocks.0."
+    model.layers[s + "qkv_proj"] = four_bit(w1[:768], b1[:768])
+    model.layers[s + "mlp_fc1"] = four_bit(w1[768:], b1[768:])
+    model.layers[s + "out_proj"] = four_bit(w2[:, :256], torch.zeros_like(b2))
+    model.layers[s + "mlp_fc2"] = last(w2[:, 256:], b2)
+    names = {
+        f"{s}norm_{x}.weight": f"{single}norm.{h}_norm.weight" for x, h in (("q", "query"), ("k", "key"))
+    }
+    top = {"x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear"}
+    names |= {f"{n}.{e}": f"{host}.{e}" for n, host in top.items() for e in ("weight", "bias")}
+    for stored, host in (names | guidance_names()).items():
+        model.plain[stored] = model.plain.pop(host)
+    return model
+
+
 CASES = {  # family, how to publish it, in which dialect
     "sdxl": ("sdxl", publish_sdxl, "natural"),
     "qwen-image": ("qwen-image", publish_qwen, "natural"),
@@ -159,6 +209,9 @@ CASES = {  # family, how to publish it, in which dialect
     "z-image-dense-refiners": ("z-image", publish_z_image, "natural"),
     "pixart-sigma-lite": ("pixart-sigma", publish_pixart, "lite"),
     "flux2-lite": ("flux2", publish_flux2, "lite"),
+    "chroma-lite": ("chroma", publish_chroma_lite, "lite"),
+    "chroma-unsigned-after-gelu": ("chroma", publish_chroma, "natural"),
+    "chroma-signed-after-gelu": ("chroma", partial(publish_chroma, last=four_bit), "natural"),
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from .made import V2_NAMES, Shapes, awq, dense, w4a4
+from .made import V2_NAMES, Shapes, awq, dense, flux_dev_shapes, w4a4
 
 Modules = dict[str, Shapes]
 
@@ -251,22 +251,27 @@ def pixart_sigma(*, fp4: bool = False) -> Shapes:
 
 def klein_4b(*, fp4: bool = False, fused: bool = False) -> Shapes:
     """FLUX.2 Klein 4B: as diffusers has it, or with q, k, v and the single blocks' linears as Nunchaku fuses them."""
-    d, modules = (
-        3072,
-        {
-            "x_embedder": vector(3072, 128),
-            "context_embedder": vector(3072, 7680),
-            "proj_out": vector(128, 3072),
-            "norm_out.linear": vector(2 * 3072, 3072),
-            "time_guidance_embed.timestep_embedder.linear_1": vector(3072, 256),
-            "time_guidance_embed.timestep_embedder.linear_2": vector(3072, 3072),
-            **{f"double_stream_modulation_{s}.linear": vector(6 * 3072, 3072) for s in ("img", "txt")},
-            "single_stream_modulation.linear": vector(3 * 3072, 3072),
-        },
-    )
+    return _klein(3072, 7680, 5, 20, fp4, fused)
+
+
+def klein_9b(*, fp4: bool = False, fused: bool = False) -> Shapes:
+    return _klein(4096, 12288, 8, 24, fp4, fused)
+
+
+def _klein(d: int, text: int, double: int, single: int, fp4: bool, fused: bool) -> Shapes:
+    modules = {
+        "x_embedder": vector(d, 128),
+        "context_embedder": vector(d, text),
+        "proj_out": vector(128, d),
+        "norm_out.linear": vector(2 * d, d),
+        "time_guidance_embed.timestep_embedder.linear_1": vector(d, 256),
+        "time_guidance_embed.timestep_embedder.linear_2": vector(d, d),
+        **{f"double_stream_modulation_{s}.linear": vector(6 * d, d) for s in ("img", "txt")},
+        "single_stream_modulation.linear": vector(3 * d, d),
+    }
     qkv = [("attn.to_qkv", 3), ("attn.to_added_qkv", 3)] if fused else []
     qkv = qkv or [(f"attn.{name}", 1) for x in "qkv" for name in (f"to_{x}", f"add_{x}_proj")]
-    for block in (f"transformer_blocks.{i}." for i in range(5)):
+    for block in (f"transformer_blocks.{i}." for i in range(double)):
         modules |= {block + name: lite(n * d, d, fp4, bias=False) for name, n in qkv}
         modules |= {
             block + name: lite(d, d, fp4, bias=False) for name in ("attn.to_out.0", "attn.to_add_out")
@@ -275,11 +280,48 @@ def klein_4b(*, fp4: bool = False, fused: bool = False) -> Shapes:
             modules[f"{block}{ff}.linear_in"] = lite(6 * d, d, fp4, bias=False)
             modules[f"{block}{ff}.linear_out"] = lite(d, 3 * d, fp4, bias=False)
         modules |= {f"{block}attn.norm_{x}": vector(128) for x in ("q", "k", "added_q", "added_k")}
-    single = {"attn.to_qkv_mlp_proj": (9 * d, d), "attn.to_out": (d, 4 * d)}
+    linears = {"attn.to_qkv_mlp_proj": (9 * d, d), "attn.to_out": (d, 4 * d)}
     if fused:
-        single = {"attn.qkv_proj": (3 * d, d), "attn.mlp_fc1": (6 * d, d)}
-        single |= {"attn.out_proj": (d, d), "attn.mlp_fc2": (d, 3 * d)}
-    for block in (f"single_transformer_blocks.{i}." for i in range(20)):
-        modules |= {block + name: lite(*shape, fp4, bias=False) for name, shape in single.items()}
+        linears = {"attn.qkv_proj": (3 * d, d), "attn.mlp_fc1": (6 * d, d)}
+        linears |= {"attn.out_proj": (d, d), "attn.mlp_fc2": (d, 3 * d)}
+    for block in (f"single_transformer_blocks.{i}." for i in range(single)):
+        modules |= {block + name: lite(*shape, fp4, bias=False) for name, shape in linears.items()}
         modules |= {f"{block}attn.norm_{x}": vector(128) for x in "qk"}
+    return flat(modules)
+
+
+def chroma(*, fp4: bool = False) -> Shapes:
+    """FLUX.1's blocks in Nunchaku layout, without modulations and embedders, and the network in their place."""
+    flux = flux_dev_shapes(fp4=fp4)
+    dropped = (".norm1.linear.", ".norm1_context.linear.", ".norm.linear.", "time_text_embed.", "norm_out.")
+    return {n: s for n, s in flux.items() if not any(part in f".{n}" for part in dropped)} | _chroma_network()
+
+
+def chroma_lite(*, fp4: bool = False) -> Shapes:
+    """diffusers' modules: q, k and v apart; NVFP4 files have a single block's `proj_out` in two."""
+    d, modules = 3072, {"x_embedder": dense(3072, 64), "context_embedder": dense(3072, 4096)}
+    modules["proj_out"] = dense(64, d)
+    linears = {f"attn.{x}": (d, d) for x in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")}
+    linears |= {f"attn.add_{x}_proj": (d, d) for x in "qkv"}
+    for ff in ("ff", "ff_context"):
+        linears |= {f"{ff}.net.0.proj": (4 * d, d), f"{ff}.net.2": (d, 4 * d)}
+    single = {f"attn.to_{x}": (d, d) for x in "qkv"} | {"proj_mlp": (4 * d, d)}
+    halves = {"proj_out.linears.0": (d, d), "proj_out.linears.1": (d, 4 * d)}
+    single |= halves if fp4 else {"proj_out": (d, 5 * d)}
+    for block in (f"transformer_blocks.{i}." for i in range(19)):
+        modules |= {block + name: lite(*shape, fp4) for name, shape in linears.items()}
+        modules |= {f"{block}attn.norm_{x}": vector(128) for x in ("q", "k", "added_q", "added_k")}
+    for block in (f"single_transformer_blocks.{i}." for i in range(38)):
+        modules |= {block + name: lite(*shape, fp4) for name, shape in single.items()}
+        modules |= {f"{block}attn.norm_{x}": vector(128) for x in "qk"}
+    return flat(modules) | _chroma_network()
+
+
+def _chroma_network() -> Shapes:
+    """Five residual layers of width 5120 that make every block's modulation."""
+    name, d, width = "distilled_guidance_layer", 3072, 5120
+    modules = {f"{name}.in_proj": dense(width, 64), f"{name}.out_proj": dense(d, width)}
+    for i in range(5):
+        modules |= {f"{name}.layers.{i}.linear_{j}": dense(width, width) for j in (1, 2)}
+        modules[f"{name}.norms.{i}"] = vector(width)
     return flat(modules)

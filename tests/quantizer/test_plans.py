@@ -79,6 +79,19 @@ def test_not_centred_by_default(tmp_path):
     assert all(one.center is None and not one.folds for one in make_plan(open_source(path), rank=16).jobs)
 
 
+def test_chroma_in_diffusers_names_is_chroma_and_not_a_broken_flux(tmp_path):
+    flux = tiny.flux()
+    own = tiny.chroma(flux)
+    plans = [
+        make_plan(open_source(tiny.write(tmp_path / f"{i}.safetensors", tensors)), rank=16)
+        for i, tensors in enumerate((own, tiny.diffusers_chroma(own, flux)))
+    ]
+    assert {plan.family for plan in plans} == {"model"}
+    assert sorted(job.name for job in plans[0].jobs) == sorted(job.name for job in plans[1].jobs)
+    for job in plans[0].jobs:
+        assert all(torch.equal(a, b) for a, b in zip(*(plan.source.cut(job) for plan in plans), strict=True))
+
+
 PAYS = {
     "a-block's-linear": ("blocks.3.attn.qkv", (384, 128), True),
     "sdxl-attention": ("input_blocks.4.1.transformer_blocks.0.attn1.to_q", (640, 640), True),

@@ -37,6 +37,30 @@ def flux(seed: int = 0) -> dict[str, Tensor]:
     return tensors
 
 
+def chroma(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """FLUX.1's state dict made Chroma's: a network in place of modulations and embedders."""
+    gone, draw = ("_mod.", ".modulation.", "time_in.", "vector_in.", "adaLN_modulation"), torch.Generator()
+    made = {n: t for n, t in tensors.items() if not any(part in n for part in gone)}
+    network = "distilled_guidance_layer."
+    for name in ("in_proj", "layers.0.in_layer", "layers.0.out_layer", "out_proj"):
+        made |= _linear(network + name, WIDTH, WIDTH, draw.manual_seed(len(name)))
+    return made | {f"{network}norms.0.scale": torch.ones(WIDTH).bfloat16()}
+
+
+def diffusers_chroma(tensors: dict[str, Tensor], flux: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`chroma(flux)` as diffusers names it."""
+    network = "distilled_guidance_layer."
+    gone = ("norm1", "norm.linear", "time_text_embed", "norm_out")
+    made = {n: t for n, t in diffusers(flux).items() if not any(part in n for part in gone)}
+    steps = {".in_layer": ".linear_1", ".out_layer": ".linear_2"}
+    for name, t in tensors.items():
+        if name.startswith(network):
+            for old, new in steps.items():
+                name = name.replace(old, new)
+            made[name] = t
+    return made
+
+
 def diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same model as diffusers names and splits it."""
     names = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..family import Family, Mapped, Role, apply_role
-from . import flux, flux2, native, pixart_sigma, qwen_image, sdxl, t5, z_image
+from . import chroma, flux, flux2, native, pixart_sigma, qwen_image, sdxl, t5, z_image
 
-# The host's own names come last: their marker is the broadest.
-TABLES = (flux, flux2, qwen_image, z_image, sdxl, pixart_sigma, t5, native)
+# Chroma comes before FLUX.1, whose blocks' names it shares; the host's own names last: their marker is the broadest.
+TABLES = (chroma, flux, flux2, qwen_image, z_image, sdxl, pixart_sigma, t5, native)
 FAMILIES: tuple[Family, ...] = tuple(table.FAMILY for table in TABLES)
 
 __all__ = ["FAMILIES", "Family", "Mapped", "Role", "apply_role", "resolve"]
