@@ -35,6 +35,8 @@ from pathlib import Path
 
 import torch
 
+from . import msvc
+
 log = logging.getLogger("svdquant-nodes")
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -292,6 +294,8 @@ def _environment(target: Target) -> dict[str, str]:
     environment["PATH"] = os.pathsep.join(filter(None, [environment.get("PATH"), scripts]))
     environment.setdefault("MAX_JOBS", str(_jobs()))
     environment.setdefault("CXX", _compiler(environment["PATH"]))
+    if WINDOWS and not shutil.which(environment["CXX"], path=environment["PATH"]):
+        environment = msvc.variables(environment)
     if target.archs:
         environment["CUDA_HOME"] = str(_cuda_home_or_say())
     _check_tools(environment)
@@ -312,7 +316,7 @@ def _check_tools(environment: dict[str, str]) -> None:
             "Install one (Debian and Ubuntu: apt install g++; macOS: xcode-select --install), then restart."
         )
         if WINDOWS:
-            remedy = "Install Visual Studio's C++ build tools and start from their command prompt."
+            remedy = "Install Visual Studio's build tools with C++ for the desktop, then restart."
         raise Unavailable(f"no C++ compiler named {compiler} was found", remedy)
     if not shutil.which("ninja", path=path):
         raise Unavailable("ninja was not found", f"Run {sys.executable} -m pip install ninja, then restart.")
