@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core import linear as core
 from ..core import reference
-from ..core.linear import Part
+from ..core.linear import Branch, Part
 from ..core.weights import LinearWeights, QuantSpec
 from ..kernels import ops
 
@@ -52,14 +52,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Params:
-    """What the host keeps beside the buffer; holds no tensor, so that nothing is moved twice."""
+    """What the host keeps beside the buffer; a layer's own holds no tensor, so that nothing is moved twice.
+
+    branches   LoRAs that are part of the weight, in a state dict's copy of it; see `with_branches`
+    """
 
     orig_dtype: torch.dtype
     orig_shape: tuple[int, ...]
     entries: tuple[Entry, ...]
+    branches: tuple[Branch, ...] = ()
 
     def to_device(self, device: torch.device) -> Params:
-        return self
+        if not self.branches:
+            return self
+        return replace(self, branches=tuple(b.map(lambda t: t.to(device)) for b in self.branches))
 
     def clone(self) -> Params:
         return self
@@ -90,6 +96,14 @@ def pack(parts: Sequence[Part], dtype: torch.dtype) -> QuantizedTensor:
     return QuantizedTensor(buffer, NAME, Params(dtype, shape, tuple(entries)))
 
 
+def with_branches(weight: QuantizedTensor, branches: tuple[Branch, ...]) -> QuantizedTensor:
+    """A layer's weight as a state dict shows it: the same buffer, and the LoRAs that the host would have merged.
+
+    The host's control LoRAs build a ControlNet out of it.
+    """
+    return QuantizedTensor(weight._qdata, NAME, replace(weight._params, branches=branches))
+
+
 def unpack(buffer: Tensor, params: Params) -> tuple[Part, ...]:
     """The parts as views of the buffer, on whatever device it is."""
     return tuple(
@@ -108,7 +122,7 @@ class _Made:
     parts: Sequence[Part]
 
     def still_of(self, weight: QuantizedTensor, bias: Tensor | None) -> bool:
-        same = self.params is weight._params and self.bias is bias
+        same = self.params.entries is weight._params.entries and self.bias is bias
         return same and self.addresses == _addresses(weight._qdata, bias)
 
 
@@ -176,6 +190,8 @@ class SVDQuantLayout(QuantizedLayout):
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Params) -> Tensor:
         weight, _ = dense(unpack(qdata, params), params.orig_shape, None)
+        for branch in params.branches:
+            weight[branch.rows, branch.columns] += branch.difference()
         return weight.to(params.orig_dtype)
 
     @classmethod
@@ -196,4 +212,4 @@ def register() -> None:
 def _linear(qt: QuantizedTensor, args, kwargs) -> Tensor:
     """F.linear(x, W, bias) by code that holds the weight itself instead of calling the layer."""
     x, w, bias = (*args, None)[:3]
-    return core.forward(x, parts_of(w, bias), None, (), ops)
+    return core.forward(x, parts_of(w, bias), None, w._params.branches, ops)

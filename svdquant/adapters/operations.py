@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core import linear as core
 from ..core.linear import Branch
-from .layout import dense, parts_of, shift_compensation, unpack
+from .layout import dense, parts_of, shift_compensation, unpack, with_branches
 from .residence import Residence
 
 
@@ -69,6 +69,11 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
                 errors.append(f"{prefix}{name}: expected {list(expected.shape)}, got {list(value.shape)}")
                 continue
             setattr(self, name, torch.nn.Parameter(value, requires_grad=False))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.quantized and self.branches:
+            destination[f"{prefix}weight"] = with_branches(destination[f"{prefix}weight"], self.branches)
 
     def _apply(self, fn, recurse=True):
         """Move or cast parameters by re-wrapping them: a quantized one cannot change its data in place."""
