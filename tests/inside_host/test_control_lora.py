@@ -1,4 +1,4 @@
-"""A control LoRA, whose ControlNet the host builds of the model's own weights, steers a 4-bit model as its dense twin."""
+"""A control LoRA, whose ControlNet the host builds of the model's own weights, steers a 4-bit model as its twin."""
 
 from __future__ import annotations
 
