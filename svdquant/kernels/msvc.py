@@ -10,13 +10,11 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-_INSTALLER = (
-    "Microsoft Visual Studio",
-    "Installer",
-    "vswhere.exe",
-)  # at this place since 2017, whatever the edition
+# at this place since 2017, whatever the edition
+_INSTALLER = ("Microsoft Visual Studio", "Installer", "vswhere.exe")
 _VARIABLES = ("VC", "Auxiliary", "Build", "vcvars64.bat")
-_TOOLS = "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
+_NEWEST_WITH_C = "-latest -products * -requires Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
+_PLACE = "-property installationPath -utf8"
 SECONDS = 120  # the batch file takes a few
 
 
@@ -35,18 +33,7 @@ def _batch_file(environment: Mapping[str, str]) -> Path | None:
     finder = Path(environment.get("PROGRAMFILES(X86)", ""), *_INSTALLER)
     if not finder.is_file():
         return None
-    question = [
-        str(finder),
-        "-latest",
-        "-products",
-        "*",
-        "-requires",
-        _TOOLS,
-        "-property",
-        "installationPath",
-        "-utf8",
-    ]
-    home = _output(question, environment).strip()
+    home = _output([str(finder), *_NEWEST_WITH_C.split(), *_PLACE.split()], environment).strip()
     batch = Path(home, *_VARIABLES)
     return batch if home and batch.is_file() else None
 
