@@ -1,7 +1,7 @@
 // Reading and writing floats of any of the formats. No instruction of a particular card: it compiles everywhere.
 #pragma once
 
-#include "ptx.cuh"
+#include "sizes.cuh"
 
 namespace svdquant::cuda {
 
@@ -63,10 +63,6 @@ __device__ __forceinline__ void store_output(const Output& out, int64_t row, int
   } else {
     st_global(static_cast<unsigned short*>(out.data) + at, output_bits(out.dtype, value));
   }
-}
-
-__host__ __device__ inline bool is_aligned(const void* p, int bytes) {
-  return reinterpret_cast<uintptr_t>(p) % static_cast<unsigned>(bytes) == 0;
 }
 
 // kCount neighbours as raw 32-bit words, by the widest loads that their address allows. kBytes is what they occupy.

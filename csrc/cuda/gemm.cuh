@@ -16,10 +16,8 @@
 // are used as they are in the file, no layout has to be prepared.
 #pragma once
 
-#include "cuda_launch.h"
 #include "floats.cuh"
 #include "mma.cuh"
-#include "run.cuh"
 
 namespace svdquant::cuda {
 
@@ -37,11 +35,6 @@ struct Tile {
 
 using LargeTile = Tile<128, 64, 64, 32>;
 using SmallTile = Tile<64, 64, 32, 32>;  // few tokens, or an output too small to fill the card with large ones
-
-// Which tile: a pure function of the shape. 64 blocks are half a wave of a small card.
-constexpr bool prefers_small_tile(int64_t m, int64_t n) {
-  return m <= 64 || ceil_div(m, LargeTile::kM) * ceil_div(n, LargeTile::kN) < 64;
-}
 
 // Where a lane is in its block and in the output. Blocks that follow each other share their weights.
 template <class T>

@@ -1,5 +1,5 @@
 // W4A4 on 4-bit tensor cores, and the choice between the two ways to multiply.
-#include "gemm_int4.cuh"
+#include "run_gemm_int4.cuh"
 
 namespace svdquant::cuda {
 
@@ -11,9 +11,7 @@ const char* gemm_int4_by_int4(const Gemm& p, const Launch& launch) {
 
 const char* gemm_int4(const Gemm& args, Product product, const Launch& launch) {
   if (args.m == 0 || args.n == 0) return nullptr;
-  if (!is_aligned(args.codes, 16)) return "codes must begin at a multiple of 16 bytes";
-  if (!is_aligned(args.weight_codes, 8)) return "weight codes must begin at a multiple of 8 bytes";
-  if (args.out.dtype == DType::kE4M3) return "the output must be fp32, bf16 or fp16";
+  if (const char* why = refused(args)) return why;
   return product == Product::kInt4 ? gemm_int4_by_int4(args, launch) : gemm_int4_by_int8(args, launch);
 }
 

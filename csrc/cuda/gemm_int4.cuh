@@ -178,20 +178,4 @@ __global__ void __launch_bounds__(T::kThreads, kBlocksAtOnce) gemm_int4_kernel(G
   }
 }
 
-template <class T, class P>
-const char* run_gemm_int4(const Gemm& p, const Launch& launch) {
-  const int64_t blocks = ceil_div(p.m, T::kM) * ceil_div(p.n, T::kN);
-  return run(gemm_int4_kernel<T, P>, {blocks, 1, T::kThreads, Int4Loop<T, P>::kSharedBytes}, launch, p);
-}
-
-template <class P>
-const char* choose_tile(const Gemm& p, const Launch& launch) {
-  if (prefers_small_tile(p.m, p.n)) return run_gemm_int4<SmallTile, P>(p, launch);
-  return run_gemm_int4<LargeTile, P>(p, launch);
-}
-
-// Each in a file of its own, to be compiled side by side.
-const char* gemm_int4_by_int4(const Gemm& p, const Launch& launch);
-const char* gemm_int4_by_int8(const Gemm& p, const Launch& launch);
-
 }  // namespace svdquant::cuda

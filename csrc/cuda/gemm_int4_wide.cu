@@ -1,5 +1,5 @@
 // W4A4 and W4A8 on 8-bit tensor cores, for cards whose 4-bit products are emulated, and for 8-bit activations.
-#include "gemm_int4.cuh"
+#include "run_gemm_int4.cuh"
 
 namespace svdquant::cuda {
 

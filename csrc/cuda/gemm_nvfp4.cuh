@@ -1,113 +1,85 @@
-// What the two NVFP4 products share: stages of codes with their scales, and the scale above the scales.
+// NVFP4 by widening to fp16, on every card that has no instruction for it.
 //
-//   codes [M, K] bytes, scales [M, K/16] e4m3, weight_codes [N, K/2], weight_scales [N, K/16] e4m3,
-//   second_scale [1] | [N], hidden [M, R], up [N, R], bias [N]
-//   out[m, n] = second[n] * sum of (code * scale)(m, k) * (code * scale)(n, k) + hidden[m] . up[n] + bias[n]
-//   means: core/reference.py gemm_nvfp4
+// e2m1 has two significant bits, an e4m3 scale four: their product has six and lies within 2^-10..2688, so that fp16
+// holds it exactly, and only the fp32 sum rounds. The rate is that of fp16 tensor cores.
 #pragma once
 
-#include "epilogue.cuh"
+#include "nvfp4_stages.cuh"
 
 namespace svdquant::cuda {
 
-constexpr int kGroups = kStep / 16;  // of a row and step: their scales are one word
+// The low half of every byte of four, as fp16 pairs: byte 0 and 2, then byte 1 and 3. e2m1's exponent and mantissa stand
+// where fp16's do, 2^-14 too small.
+__device__ __forceinline__ void widen_e2m1(unsigned word, unsigned factor, unsigned (&pairs)[2]) {
+  constexpr unsigned kTwoTo14 = 0x74007400;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const unsigned bits = i ? word >> 8 : word;
+    const unsigned half = (bits & 0x00080008) << 12 | (bits & 0x00070007) << 9;
+    pairs[i] = multiply_f16x2(multiply_f16x2(half, kTwoTo14), factor);
+  }
+}
 
-// A loop of run_pipeline without its multiply().
+// An e4m3 scale as two equal fp16: its bits stand where fp16's do, 2^-8 too small. NaN stays one.
+__device__ __forceinline__ unsigned widen_scale(unsigned char code) {
+  if ((code & 0x7f) == 0x7f) return 0x7e007e00;
+  const unsigned half = (code & 0x80u) << 8 | (code & 0x7fu) << 7;
+  return multiply_f16x2(half | half << 16, 0x5c005c00);  // 2^8
+}
+
+// A lane's 16 columns are a group: it needs one scale a row.
 template <class T>
-struct NvFp4Stages {
-  static constexpr int kScaleRows = T::kM + T::kN;  // activations' rows, then weights'
-  static constexpr int kScaleBytes = kScaleRows * kGroups;
-  static constexpr int kSharedBytes = kStages * (T::kStageBytes + kScaleBytes);
+struct NvFp4Loop : NvFp4Stages<T> {
+  using NvFp4Stages<T>::NvFp4Stages, NvFp4Stages<T>::place, NvFp4Stages<T>::memory, NvFp4Stages<T>::sums;
 
-  const Gemm& p;
-  const Place<T>& place;
-  char* memory;
-  bool words;  // four scales of a row are a word in global memory too
-  Sums<T> sums = {};
-
-  __device__ __forceinline__ NvFp4Stages(const Gemm& args, const Place<T>& at)
-      : p(args), place(at), memory(shared_memory()), words(has_words(args.scales) && has_words(args.weight_scales)) {}
-
-  static __device__ __forceinline__ bool has_words(const Floats& scales) {
-    return is_aligned(scales.data, kGroups) && scales.stride % kGroups == 0;
-  }
-
-  __device__ __forceinline__ char* scales_of(int stage) const {
-    return memory + kStages * T::kStageBytes + stage * kScaleBytes;
-  }
-
-  // A row's scales of a step, or nullptr where there is no such row.
-  __device__ __forceinline__ const unsigned char* scales_at(int64_t step, int slot) const {
-    const bool is_weight = slot >= T::kM;
-    const Floats& from = is_weight ? p.weight_scales : p.scales;
-    const int64_t row = is_weight ? place.column0 + slot - T::kM : place.row0 + slot;
-    if (row >= (is_weight ? p.n : p.m)) return nullptr;
-    return static_cast<const unsigned char*>(from.data) + row * from.stride + step * kGroups;
-  }
-
-  __device__ __forceinline__ void copy(int64_t step, int stage) {
-    copy_codes<T>(p, place, step, memory + stage * T::kStageBytes);
-    if (words && (step + 1) * kStep <= p.k) {
-      copy_scales(step, scales_of(stage));
-    } else {
-      copy_scales_by_bytes(step, scales_of(stage));
-    }
-  }
-
-  __device__ __forceinline__ void copy_scales(int64_t step, char* to) {
-    for (int slot = threadIdx.x; slot < kScaleRows; slot += T::kThreads) {
-      const unsigned char* from = scales_at(step, slot);
-      cp_async<kGroups>(to + slot * kGroups, from ? from : p.scales.data, from != nullptr);
-    }
-  }
-
-  // At any address, and zeros beyond K.
-  __device__ __forceinline__ void copy_scales_by_bytes(int64_t step, char* to) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kScaleBytes; i += T::kThreads) {
-      const unsigned char* from = scales_at(step, i / kGroups);
-      const bool exists = from && (step * kGroups + i % kGroups) * 16 < p.k;
-      st_shared(to + i, exists ? static_cast<char>(ld_global(from + i % kGroups)) : '\0');
-    }
-  }
-
-  // One a tensor or one a row.
-  __device__ __forceinline__ void multiply_second_scale() {
-    const Floats& second = p.second_scale;
+  __device__ __forceinline__ void multiply(int64_t, int stage) {
+    const char* codes = memory + stage * T::kStageBytes;
+    const uint4* acts = reinterpret_cast<const uint4*>(codes);
+    const uint2* weights = reinterpret_cast<const uint2*>(codes + T::kM * kStep);
+    const unsigned char* scales = reinterpret_cast<const unsigned char*>(this->scales_of(stage));
+    unsigned b[T::kNs][kGroups][2];
 #pragma unroll
     for (int j = 0; j < T::kNs; ++j) {
+      const int column = place.warp_column + 8 * j + place.g;
+      const uint2 nibbles = ld_shared(weights + column * 4 + place.t);
+      const unsigned factor = widen_scale(ld_shared(scales + (T::kM + column) * kGroups + place.t));
+      const unsigned words[2] = {nibbles.x, nibbles.y};
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int64_t column = place.column0 + place.warp_column + 8 * j + 2 * place.t + e;
-        if (column >= p.n) continue;
-        const float scale = load_one(second.data, second.dtype, column * second.stride);
+      for (int i = 0; i < 2; ++i) {  // even columns 0 4, 2 6; odd columns 1 5, 3 7
+        widen_e2m1(words[i], factor, b[j][2 * i]);
+        widen_e2m1(words[i] >> 4, factor, b[j][2 * i + 1]);
+      }
+    }
 #pragma unroll
-        for (int i = 0; i < T::kMs; ++i) {
-          sums[i][j][e] = cuda::multiply(sums[i][j][e], scale);
-          sums[i][j][e + 2] = cuda::multiply(sums[i][j][e + 2], scale);
+    for (int i = 0; i < T::kMs; ++i) {
+      unsigned a[2][kGroups][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = place.warp_row + 16 * i + 8 * half + place.g;
+        const uint4 v = ld_shared(acts + row * 4 + place.t);
+        const unsigned factor = widen_scale(ld_shared(scales + row * kGroups + place.t));
+        const unsigned words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {  // the order of columns in which a word of nibbles comes apart
+          widen_e2m1(pick_bytes(words[2 * w], words[2 * w + 1], 0x6420), factor, a[half][2 * w]);
+          widen_e2m1(pick_bytes(words[2 * w], words[2 * w + 1], 0x7531), factor, a[half][2 * w + 1]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < T::kNs; ++j) {
+#pragma unroll
+        for (int w = 0; w < kGroups; ++w) {
+          const unsigned fragment[4] = {a[0][w][0], a[1][w][0], a[0][w][1], a[1][w][1]};
+          mma_f16(sums[i][j], fragment, b[j][w]);
         }
       }
     }
   }
 };
 
-// A tile from the first step to the output.
-template <class T, class Loop>
-__device__ __forceinline__ void multiply_tile(const Gemm& p) {
-  const Place<T> place(p.m);
-  Loop loop(p, place);
-  run_pipeline(loop, ceil_div(p.k, kStep));
-  loop.multiply_second_scale();
-  add_branch<T>(p, place, loop.sums);
-  store_sums<T>(p, place, loop.sums);
-}
-
-// Why the arguments cannot be multiplied, nullptr if they can.
-inline const char* refused_nvfp4(const Gemm& args) {
-  if (!is_aligned(args.codes, 16)) return "codes must begin at a multiple of 16 bytes";
-  if (!is_aligned(args.weight_codes, 8)) return "weight codes must begin at a multiple of 8 bytes";
-  if (args.out.dtype == DType::kE4M3) return "the output must be fp32, bf16 or fp16";
-  return nullptr;
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 2) gemm_nvfp4_kernel(Gemm p) {
+  multiply_tile<T, NvFp4Loop<T>>(p);
 }
 
 }  // namespace svdquant::cuda

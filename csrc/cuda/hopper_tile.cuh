@@ -12,7 +12,7 @@
 #pragma once
 
 #include "hopper_ptx.cuh"
-#include "run.cuh"
+#include "sizes.cuh"
 
 namespace svdquant::cuda {
 

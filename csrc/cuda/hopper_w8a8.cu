@@ -8,6 +8,7 @@
 #include "cuda_launch.h"
 #include "hopper_map.cuh"
 #include "hopper_pipeline.cuh"
+#include "run.cuh"
 
 namespace svdquant::cuda {
 

@@ -1,6 +1,5 @@
 // int4 activations, signed and unsigned.
-#include "cuda_launch.h"
-#include "quantize.cuh"
+#include "run_quantize.cuh"
 
 namespace svdquant::cuda {
 

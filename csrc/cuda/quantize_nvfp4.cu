@@ -1,6 +1,5 @@
 // NVFP4 activations.
-#include "cuda_launch.h"
-#include "quantize.cuh"
+#include "run_quantize.cuh"
 
 namespace svdquant::cuda {
 

@@ -1,7 +1,7 @@
 // Starting a kernel: grid, threads, shared memory, stream; nullptr, or CUDA's own sentence about what went wrong.
 #pragma once
 
-#include "ptx.cuh"
+#include "sizes.cuh"
 
 namespace svdquant::cuda {
 
@@ -10,8 +10,6 @@ struct Grid {
   int threads;
   int shared_bytes;
 };
-
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #ifdef __CUDACC__
 // 75, 80, 86, 89, 90, 100, 120: of the current device.

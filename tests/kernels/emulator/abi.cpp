@@ -1,6 +1,5 @@
 // What the tests call, by ctypes.
-#include "cuda_launch.h"
-#include "gemm.cuh"
+#include "run_gemm.cuh"
 #include "scratch.h"
 
 using namespace svdquant;
@@ -43,5 +42,5 @@ const char* enter_gemm_w8a8(const char* spelling, const GemmInt8* args) { return
 const char* enter_gemv(const char* spelling, const Gemv* args) { return gemv_awq(*args, {spelling}); }
 const char* list_spellings() { return spellings(); }
 
-bool prefers_small_tile(int64_t m, int64_t n) { return cuda::prefers_small_tile(m, n); }
+bool prefers_small_tile(int64_t m, int64_t n) { return cuda::prefers_small<cuda::LargeTile>(m, n); }
 }

@@ -1,0 +1,105 @@
+// What the two NVFP4 products share: stages of codes with their scales, and the scale above the scales.
+//
+//   codes [M, K] bytes, scales [M, K/16] e4m3, weight_codes [N, K/2], weight_scales [N, K/16] e4m3,
+//   second_scale [1] | [N], hidden [M, R], up [N, R], bias [N]
+//   out[m, n] = second[n] * sum of (code * scale)(m, k) * (code * scale)(n, k) + hidden[m] . up[n] + bias[n]
+//   means: core/reference.py gemm_nvfp4
+#pragma once
+
+#include "epilogue.cuh"
+
+namespace svdquant::cuda {
+
+constexpr int kGroups = kStep / 16;  // of a row and step: their scales are one word
+
+// A loop of run_pipeline without its multiply().
+template <class T>
+struct NvFp4Stages {
+  static constexpr int kScaleRows = T::kM + T::kN;  // activations' rows, then weights'
+  static constexpr int kScaleBytes = kScaleRows * kGroups;
+  static constexpr int kSharedBytes = kStages * (T::kStageBytes + kScaleBytes);
+
+  const Gemm& p;
+  const Place<T>& place;
+  char* memory;
+  bool words;  // four scales of a row are a word in global memory too
+  Sums<T> sums = {};
+
+  __device__ __forceinline__ NvFp4Stages(const Gemm& args, const Place<T>& at)
+      : p(args), place(at), memory(shared_memory()), words(has_words(args.scales) && has_words(args.weight_scales)) {}
+
+  static __device__ __forceinline__ bool has_words(const Floats& scales) {
+    return is_aligned(scales.data, kGroups) && scales.stride % kGroups == 0;
+  }
+
+  __device__ __forceinline__ char* scales_of(int stage) const {
+    return memory + kStages * T::kStageBytes + stage * kScaleBytes;
+  }
+
+  // A row's scales of a step, or nullptr where there is no such row.
+  __device__ __forceinline__ const unsigned char* scales_at(int64_t step, int slot) const {
+    const bool is_weight = slot >= T::kM;
+    const Floats& from = is_weight ? p.weight_scales : p.scales;
+    const int64_t row = is_weight ? place.column0 + slot - T::kM : place.row0 + slot;
+    if (row >= (is_weight ? p.n : p.m)) return nullptr;
+    return static_cast<const unsigned char*>(from.data) + row * from.stride + step * kGroups;
+  }
+
+  __device__ __forceinline__ void copy(int64_t step, int stage) {
+    copy_codes<T>(p, place, step, memory + stage * T::kStageBytes);
+    if (words && (step + 1) * kStep <= p.k) {
+      copy_scales(step, scales_of(stage));
+    } else {
+      copy_scales_by_bytes(step, scales_of(stage));
+    }
+  }
+
+  __device__ __forceinline__ void copy_scales(int64_t step, char* to) {
+    for (int slot = threadIdx.x; slot < kScaleRows; slot += T::kThreads) {
+      const unsigned char* from = scales_at(step, slot);
+      cp_async<kGroups>(to + slot * kGroups, from ? from : p.scales.data, from != nullptr);
+    }
+  }
+
+  // At any address, and zeros beyond K.
+  __device__ __forceinline__ void copy_scales_by_bytes(int64_t step, char* to) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kScaleBytes; i += T::kThreads) {
+      const unsigned char* from = scales_at(step, i / kGroups);
+      const bool exists = from && (step * kGroups + i % kGroups) * 16 < p.k;
+      st_shared(to + i, exists ? static_cast<char>(ld_global(from + i % kGroups)) : '\0');
+    }
+  }
+
+  // One a tensor or one a row.
+  __device__ __forceinline__ void multiply_second_scale() {
+    const Floats& second = p.second_scale;
+#pragma unroll
+    for (int j = 0; j < T::kNs; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int64_t column = place.column0 + place.warp_column + 8 * j + 2 * place.t + e;
+        if (column >= p.n) continue;
+        const float scale = load_one(second.data, second.dtype, column * second.stride);
+#pragma unroll
+        for (int i = 0; i < T::kMs; ++i) {
+          sums[i][j][e] = cuda::multiply(sums[i][j][e], scale);
+          sums[i][j][e + 2] = cuda::multiply(sums[i][j][e + 2], scale);
+        }
+      }
+    }
+  }
+};
+
+// A tile from the first step to the output.
+template <class T, class Loop>
+__device__ __forceinline__ void multiply_tile(const Gemm& p) {
+  const Place<T> place(p.m);
+  Loop loop(p, place);
+  run_pipeline(loop, ceil_div(p.k, kStep));
+  loop.multiply_second_scale();
+  add_branch<T>(p, place, loop.sums);
+  store_sums<T>(p, place, loop.sums);
+}
+
+}  // namespace svdquant::cuda
