@@ -1,17 +1,7 @@
-"""Build csrc/ on first need and load it: torch's own compiler driver, with a cache that cannot be left broken.
+"""Build csrc/ on first need and load it: torch's own compiler driver, and the folder of cache.py.
 
-A library's file name holds a hash of everything it was made from, so a cached file is either right or not there. It
-is built in a private folder of the cache and moved to its name in one step: a killed build leaves a folder, swept a
-day later; two builds at once both succeed; there is no lock. The compiler runs in a Python of its own, where the
-environment that torch wants (PATH, CUDA_HOME, job count) can be set without touching ours.
-
-All of the pack's environment variables are read here:
-
-    SVDQUANT_KERNELS     auto           `off` never builds or loads, reference ops run; or the name of a spelling
-    SVDQUANT_CACHE_DIR   user's cache   where libraries are kept
-    SVDQUANT_VERBOSE     0              1 shows the compiler's output
-    CXX                  g++ | cl       the C++ compiler (torch's own variable)
-    CUDA_HOME            searched       the CUDA toolkit (torch's own variable)
+The compiler runs in a Python of its own, where the environment that torch wants (PATH, CUDA_HOME, job count) can be
+set without touching ours.
 """
 
 from __future__ import annotations
@@ -26,9 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
-import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,57 +24,20 @@ from pathlib import Path
 import torch
 
 from . import msvc
+from .cache import Unavailable, make
+from .settings import settings
 
 log = logging.getLogger("svdquant-nodes")
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 WINDOWS, LINUX = sys.platform == "win32", sys.platform.startswith("linux")
 NVCC, USUAL_CUDA_HOME = "nvcc.exe" if WINDOWS else "nvcc", "/usr/local/cuda"
-PREFIX = "build-"
-DAY_SECONDS = 24 * 3600
 BUILD_SECONDS = 900  # a build takes half a minute; a compiler that hangs must not hang the host
 JOB_BYTES = 2**30  # the file that includes torch needs 0.6 GB
 
 _BUILD = "import json, sys; from torch.utils.cpp_extension import load; load(**json.load(sys.stdin))"
 _SEE_OUTPUT = "Start again with SVDQUANT_VERBOSE=1 to see the compiler's output."
 _loading = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the environment says."""
-
-    kernels: str
-    cache: Path
-    verbose: bool
-
-
-@cache
-def settings() -> Settings:
-    return Settings(
-        kernels=os.environ.get("SVDQUANT_KERNELS", "").strip().lower() or "auto",
-        cache=Path(os.environ.get("SVDQUANT_CACHE_DIR") or _user_cache()),
-        verbose=os.environ.get("SVDQUANT_VERBOSE", "") not in ("", "0"),
-    )
-
-
-def _user_cache() -> Path:
-    home = Path.home()
-    if WINDOWS:
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return base / "svdquant-nodes"
-
-
-class Unavailable(Exception):
-    """Why there is no library, and what to do about it: half a sentence and a whole one."""
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(reason)
-        self.reason, self.remedy = reason, remedy
 
 
 # ---- what to build ----
@@ -178,15 +129,21 @@ def _load_once(target: Target) -> str | None:
     if settings().kernels == "off":
         return "SVDQUANT_KERNELS is off"
     try:
-        path = library_path(target)
-        if not path.is_file():
-            _build(target, path)
-        _open(path)
+        attempt(target)
     except Unavailable as missing:
         message = "SVDQuant: no %s kernels, the slower reference ops run instead: %s. %s"
         log.warning(message, target.name, missing.reason, missing.remedy)
         return missing.reason
     return None
+
+
+def attempt(target: Target) -> None:
+    """The same where somebody else has the word; raises Unavailable."""
+    path = library_path(target)
+    if not path.is_file():
+        environment = _environment(target)
+        make(path, target.name, lambda folder: _compile(target, folder, environment))
+    _open(path)
 
 
 def _open(path: Path) -> None:
@@ -198,42 +155,6 @@ def _open(path: Path) -> None:
             f"{path} does not load ({_last_line(str(error))})",
             "It was removed, and will be built anew at the next start.",
         ) from error
-
-
-def _build(target: Target, path: Path) -> None:
-    """Compile into a private folder, then move the library to its name."""
-    start = time.perf_counter()
-    environment = _environment(target)
-    log.info("SVDQuant: compiling the %s kernels, once for this machine", target.name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent)
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=path.parent))
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
-    try:
-        _compile(target, folder, environment).replace(path)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    log.info(
-        "SVDQuant: compiled the %s kernels in %.1f s: %s", target.name, time.perf_counter() - start, path
-    )
-
-
-def _unwritable(folder: Path, error: OSError) -> Unavailable:
-    return Unavailable(
-        f"{folder} cannot be written ({error.strerror or error})",
-        "Make room or set SVDQUANT_CACHE_DIR to a folder of yours, then restart.",
-    )
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed builds left behind more than a day ago."""
-    for leftover in folder.glob(f"{PREFIX}*"):
-        if time.time() - leftover.stat().st_mtime > DAY_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 # ---- the compiler ----

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core import reference, weight_only
 from ..core.weights import LinearWeights
 from . import gpu, jit, select
+from .settings import settings
 
 _QUANTIZED = "(Tensor codes, Tensor scales, Tensor hidden)"
 _ACTS = "Tensor x, Tensor smooth, Tensor down"
@@ -113,7 +114,7 @@ def choose(request: select.Request, kind: str, index: int | None = None) -> sele
 
 def wanted(request: select.Request) -> select.Request:
     """The same request with the word of SVDQUANT_KERNELS."""
-    return replace(request, wanted=jit.settings().kernels)
+    return replace(request, wanted=settings().kernels)
 
 
 @torch.compiler.assume_constant_result
@@ -126,7 +127,7 @@ def _spelling(
 
 def _request(op: str, wanted: str | None, dtype: torch.dtype, tokens: int | None) -> select.Request:
     name = str(dtype).removeprefix("torch.")
-    return select.Request(op, name, tokens=tokens, wanted=wanted or jit.settings().kernels)
+    return select.Request(op, name, tokens=tokens, wanted=wanted or settings().kernels)
 
 
 # ---- the ops ----
@@ -270,4 +271,4 @@ def describe(kind: str, index: int | None = None, *, wide: bool = False) -> str:
 
 def eight_bits_pay(kind: str, index: int | None = None) -> bool:
     """Whether a 4-bit checkpoint runs faster in 8 bits on a device."""
-    return kind == "cuda" and select.eight_bits_pay(device(kind, index), jit.settings().kernels)
+    return kind == "cuda" and select.eight_bits_pay(device(kind, index), settings().kernels)

@@ -23,6 +23,16 @@ from filelock import FileLock
 from torch import Tensor
 
 from svdquant_nodes.svdquant.core.weights import LinearWeights
+from svdquant_nodes.svdquant.kernels.structs import (
+    DTYPES,
+    KINDS,
+    Floats,
+    Gemm,
+    GemmInt8,
+    Gemv,
+    Output,
+    Quantize,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA, EMULATOR = ROOT / "csrc" / "cuda", Path(__file__).parent / "emulator"
@@ -41,58 +51,11 @@ KEPT = ROOT / ".pytest_cache" / "emulated"
 COMPILER = shutil.which("g++")
 SOURCES = tuple(sorted(CUDA.glob("*.cu")))
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
-KINDS = {"int4": 0, "int4-unsigned": 1, "nvfp4": 2, "int8": 3}
-
 
 class KernelError(RuntimeError):
     """A kernel did what a GPU leaves undefined, or refused its arguments."""
 
 
-class Floats(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("stride", ctypes.c_int64)]
-
-
-def _struct(name: str, **fields: type) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
-
-
-_SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
-Output = _struct("Output", data=_POINTER, dtype=ctypes.c_int32, stride=_SIZE)
-Quantize = _struct(
-    "Quantize",
-    kind=ctypes.c_int32,
-    **dict.fromkeys("mkr", _SIZE),
-    **dict.fromkeys(("x", "smooth", "down"), Floats),
-    shift=ctypes.c_float,
-    **dict.fromkeys(("codes", "scales", "hidden"), _POINTER),
-)
-Gemm = _struct(
-    "Gemm",
-    kind=ctypes.c_int32,
-    **dict.fromkeys("mnkr", _SIZE),
-    codes=_POINTER,
-    scales=Floats,
-    hidden=_POINTER,
-    weight_codes=_POINTER,
-    **dict.fromkeys(("weight_scales", "second_scale", "up", "bias"), Floats),
-    out=Output,
-)
-GemmInt8 = _struct(
-    "GemmInt8",
-    **dict.fromkeys("mnkr", _SIZE),
-    **dict.fromkeys(("codes", "scales", "hidden", "weight_codes", "weight_scales"), _POINTER),
-    **dict.fromkeys(("up", "bias"), Floats),
-    out=Output,
-)
-Gemv = _struct(
-    "Gemv",
-    **dict.fromkeys(("m", "n", "k", "group"), _SIZE),
-    x=Floats,
-    weight_codes=_POINTER,
-    **dict.fromkeys(("weight_scales", "zeros", "bias"), Floats),
-    out=Output,
-)
 STRUCTS = (Floats, Quantize, Gemm, GemmInt8, Gemv)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdquant_nodes.svdquant.kernels import cache as kept
 from svdquant_nodes.svdquant.kernels import jit
 from svdquant_nodes.tools.pack import ROOT
 
@@ -111,7 +112,7 @@ def test_a_killed_build_leaves_nothing_in_the_way(csrc, cache):
     assert again["missing"] is None
     left = list(cache.glob("build-*"))
     assert len(left) == 1  # not a day old: it may be another process's
-    two_days_ago = time.time() - 2 * jit.DAY_SECONDS
+    two_days_ago = time.time() - 2 * kept.DAY_SECONDS
     os.utime(left[0], (two_days_ago, two_days_ago))
     (csrc / "launch.h").write_text("#define ANSWER 43\n")
     build(csrc, cache)

@@ -1,0 +1,59 @@
+"""csrc/launch.h for ctypes: what a kernel is given. Tests hold every size and offset against the C++.
+
+Letters: M tokens, K in_features, N out_features, R rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
+KINDS = {"int4": 0, "int4-unsigned": 1, "nvfp4": 2, "int8": 3}
+
+_SIZE, _POINTER, _ENUM = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
+
+
+def _struct(name: str, **fields: type) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+Floats = _struct("Floats", data=_POINTER, dtype=_ENUM, stride=_SIZE)
+Output = _struct("Output", data=_POINTER, dtype=_ENUM, stride=_SIZE)
+Quantize = _struct(
+    "Quantize",
+    kind=_ENUM,
+    **dict.fromkeys("mkr", _SIZE),
+    **dict.fromkeys(("x", "smooth", "down"), Floats),
+    shift=ctypes.c_float,
+    **dict.fromkeys(("codes", "scales", "hidden"), _POINTER),
+)
+QuantizeParams = _struct(  # of csrc/cuda/quantize.cuh
+    "QuantizeParams", args=Quantize, **dict.fromkeys(("inverse", "low", "high"), ctypes.c_float)
+)
+Gemm = _struct(
+    "Gemm",
+    kind=_ENUM,
+    **dict.fromkeys("mnkr", _SIZE),
+    codes=_POINTER,
+    scales=Floats,
+    **dict.fromkeys(("hidden", "weight_codes"), _POINTER),
+    **dict.fromkeys(("weight_scales", "second_scale", "up", "bias"), Floats),
+    out=Output,
+)
+GemmInt8 = _struct(
+    "GemmInt8",
+    **dict.fromkeys("mnkr", _SIZE),
+    **dict.fromkeys(("codes", "scales", "hidden", "weight_codes", "weight_scales"), _POINTER),
+    **dict.fromkeys(("up", "bias"), Floats),
+    out=Output,
+)
+Gemv = _struct(
+    "Gemv",
+    **dict.fromkeys(("m", "n", "k", "group"), _SIZE),
+    x=Floats,
+    weight_codes=_POINTER,
+    **dict.fromkeys(("weight_scales", "zeros", "bias"), Floats),
+    out=Output,
+)
