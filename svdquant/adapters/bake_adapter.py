@@ -3,7 +3,7 @@
 LoRA, LoCon, LoHa   the pair that runs at run time, where its rank is one that a branch takes
 LoKr                one pair, exact where the product's rank is one that a branch takes
 GLoRA               one pair, with the weight in it
-the others          (LoHa of higher rank, differences, DoRA, OFT) the fewest ranks within a relative error, or none
+the others          (LoHa of higher rank, differences, DoRA, OFT, BOFT) the fewest ranks within an error, or none
 """
 
 from __future__ import annotations

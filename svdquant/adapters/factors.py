@@ -1,7 +1,7 @@
 """What a LoRA-like adapter adds to a weight, as low-rank branches: exact wherever its own structure is low-rank.
 
     LoRA, LoCon   up @ down                         rank r
-    + mid         up @ (mid @ down)                 rank r, the middle of a Tucker form on a 1x1 kernel
+    Tucker forms  of LoRA, LoHa and LoKr            rank r, the core multiplied into what reads the input
     LoHa          (B1 A1) * (B2 A2), element-wise   rank r1*r2: columns b1_i * b2_j, rows a1_i * a2_j
     LoKr          W1 (x) W2                         kept as the product it is: two small matrices, of any rank
 
@@ -42,20 +42,45 @@ class Factored:
         return sum(t.nbytes for branch in self.branches for t in branch.tensors)
 
 
+# Tail of a Tucker core -> what it is multiplied into, and the other factor, which all but LoCon's keep transposed.
+_CORES = {
+    "lora_mid.weight": ("lora_down.weight", None),
+    "hada_t1": ("hada_w1_b", "hada_w1_a"),
+    "hada_t2": ("hada_w2_b", "hada_w2_a"),
+    "lokr_t2": ("lokr_w2_b", "lokr_w2_a"),
+}
+
+
+def plain(members: Members) -> Members:
+    """The same adapter without Tucker cores [r, r, ...kernel]: the core times the factor that reads the input.
+
+    Raises ValueError where they do not fit each other.
+    """
+    cores = members.keys() & _CORES.keys()
+    if not cores:
+        return members
+    made = {tail: t for tail, t in members.items() if tail not in cores}
+    for tail in cores:
+        reads, writes = _CORES[tail]
+        core, factor = members[tail].float(), members[reads].flatten(1).float()
+        _fit(f"{tail} and {reads}", core.shape[:2], factor.shape[0])
+        made[reads] = torch.einsum("ij...,jk->ik...", core, factor).flatten(1)
+        if writes:
+            made[writes] = members[writes].T
+    return made
+
+
 def size(members: Members) -> tuple[int, int] | None:
     """Rows and columns of the difference an adapter's tensors mean, None where the tensors do not say.
 
     Raises ValueError where its factors do not fit each other.
     """
+    members = plain(members)
     if "lora_up.weight" in members:
         up, down = members["lora_up.weight"].flatten(1), members["lora_down.weight"].flatten(1)
-        middle = members.get("lora_mid.weight")
-        inner = (up.shape[1],) if middle is None else (up.shape[1], *middle.shape[:2])
-        _fit("lora_up and lora_down", inner, down.shape[0])
+        _fit("lora_up and lora_down", (up.shape[1],), down.shape[0])
         return up.shape[0], down.shape[1]
     if "hada_w1_a" in members:
-        if "hada_t1" in members:
-            return members["hada_w1_a"].shape[1], members["hada_w1_b"].shape[1]
         halves = [(members[f"hada_w{i}_a"], members[f"hada_w{i}_b"]) for i in (1, 2)]
         for up, down in halves:
             _fit("hada_w_a and hada_w_b", (up.shape[1],), down.shape[0])
@@ -77,8 +102,6 @@ def _kron_size(members: Members, name: str) -> tuple[int, int]:
     if name in members:
         return tuple(members[name].flatten(1).shape)
     up, down = members[f"{name}_a"], members[f"{name}_b"]
-    if name == "lokr_w2" and "lokr_t2" in members:
-        return up.shape[1], down.shape[1]
     _fit(f"{name}_a and {name}_b", (up.shape[1],), down.shape[0])
     return up.shape[0], down.flatten(1).shape[1]
 
@@ -93,20 +116,22 @@ def factor(members: Members) -> Factored | None:
 
     members   tail -> tensor, as loaders.lora_names calls them; alpha included, `dora_scale` and the like not
     """
+    members = plain(members)
     if "lora_up.weight" in members:
         return _lora(members)
-    if "hada_w1_a" in members and "hada_t1" not in members:
+    if "hada_w1_a" in members:
         return _loha(members)
-    if ("lokr_w1" in members or "lokr_w1_a" in members) and "lokr_t2" not in members:
+    if "lokr_w1" in members or "lokr_w1_a" in members:
         return _lokr(members)
     return None
 
 
 def dense(members: Members) -> Tensor | None:
-    """The difference of an adapter that does not look at the weight: [n, k] fp32; None for Tucker forms and others."""
+    """The difference of an adapter that does not look at the weight: [n, k] fp32; None for those that do."""
     if "diff" in members:
         return members["diff"].flatten(1).float()
-    if "hada_w1_a" in members and "hada_t1" not in members:
+    members = plain(members)
+    if "hada_w1_a" in members:
         halves = [
             members[f"hada_w{i}_a"].float() @ members[f"hada_w{i}_b"].flatten(1).float() for i in (1, 2)
         ]
@@ -117,9 +142,10 @@ def dense(members: Members) -> Tensor | None:
 
 def planned(members: Members) -> int | None:
     """Bytes of the branches that `factor` would make, None where it would make none."""
+    members = plain(members)
     if "hada_w1_a" in members:
         (n, k), rank = size(members), members["hada_w1_b"].shape[0] * members["hada_w2_b"].shape[0]
-        return 4 * rank * (n + k) if "hada_t1" not in members and rank <= largest_worth(n, k) else None
+        return 4 * rank * (n + k) if rank <= largest_worth(n, k) else None
     low_rank = {"lora_up.weight", "lokr_w1", "lokr_w1_a"} & set(members)
     return sum(t.nbytes for t in members.values() if isinstance(t, Tensor)) if low_rank else None
 
@@ -130,15 +156,9 @@ def alpha_over(members: Members, rank: int) -> float:
     return 1.0 if alpha is None else float(alpha) / rank
 
 
-def _lora(members: Members) -> Factored | None:
+def _lora(members: Members) -> Factored:
     up, down = members["lora_up.weight"].flatten(1), members["lora_down.weight"].flatten(1)
-    scale = alpha_over(members, down.shape[0])
-    if "lora_mid.weight" in members:
-        middle = members["lora_mid.weight"]
-        if middle.flatten(2).shape[2:].numel() != 1:
-            return None
-        down = middle.flatten(1).float() @ down.float()
-    return Factored((pair(down, up, scale),))
+    return Factored((pair(down, up, alpha_over(members, down.shape[0])),))
 
 
 def _loha(members: Members) -> Factored | None:

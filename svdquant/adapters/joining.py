@@ -195,6 +195,8 @@ def _seeing(
             f"{key}: a LoRA reshapes this layer from {list(base.shape)} to {list(after.shape)}, "
             "which a quantized layer cannot follow. Use a 16-bit model with this LoRA."
         )
+    if torch.equal(after, before):  # the host could not read it, and said so
+        return joined
     return list(factors.whole(after - base, _dtype(device)).branches)
 
 

@@ -17,7 +17,7 @@ from ...loaders import lora_nunchaku
 from ...loaders.lora import read_lora
 from ...loaders.lora_belongs import check_belongs
 from ...loaders.lora_names import Renamed, rename
-from . import joining, nunchaku_lora
+from . import joining, nunchaku_lora, rescaling
 from . import patches as patching
 from .lora_layers import known_names
 from .operations import QuantizedLinear
@@ -169,12 +169,7 @@ def _vector_misfit(value, expected: tuple[int, ...], rows: slice) -> str:
 def _misfit_of_others(members: Mapping[str, Tensor], expected: tuple[int, int]) -> str:
     """For the adapters whose tensors do not say the size of what they change."""
     if "oft_blocks" in members:
-        *_, count, size, _ = members["oft_blocks"].shape
-        return (
-            ""
-            if count * size == expected[0]
-            else f"expected {expected[0]} rows, got {count} blocks of {size}"
-        )
+        return rescaling.misfit(members["oft_blocks"], expected[0])
     if "a1.weight" in members:
         a1, a2, b1, b2 = (
             members[n].flatten(1).shape for n in ("a1.weight", "a2.weight", "b1.weight", "b2.weight")

@@ -42,6 +42,38 @@ ADAPTERS = {
     "difference": {"diff": random(128, 20, seed=1) @ random(20, 128, seed=2)},
     "dora": {**PAIR, "dora_scale": random(128, 1, seed=3).abs()},
     "dora-by-columns": {**PAIR, "dora_scale": random(1, 128, seed=3).abs()},
+    "dora-of-loha": {
+        f"hada_w{i}_{x}": random(*s, seed=i) for i in (1, 2) for x, s in (("a", (128, 2)), ("b", (2, 128)))
+    }
+    | {"dora_scale": random(128, 1, seed=3).abs()},
+    "dora-of-glora": {
+        **{f"{n}.weight": random(*s, seed=i, by=0.2) for i, (n, s) in enumerate(GLORA.items())},
+        "dora_scale": random(128, 1, seed=3).abs(),
+    },
+    "lora-tucker": {**PAIR, "lora_mid.weight": random(4, 4, 1, 1, seed=5), "alpha": torch.tensor(2.0)},
+    "loha-tucker": {
+        f"hada_{x}": random(*s, seed=i)
+        for i, (x, s) in enumerate(
+            {
+                **{f"w{j}_{x}": (3, 128) for j in (1, 2) for x in "ab"},
+                "t1": (3, 3, 1, 1),
+                "t2": (3, 3, 1, 1),
+            }.items()
+        )
+    },
+    "lokr-tucker": {
+        "lokr_w1": random(8, 8, seed=1),
+        "lokr_w2_a": random(2, 16, seed=2),
+        "lokr_w2_b": random(2, 16, seed=3),
+        "lokr_t2": random(2, 2, 1, 1, seed=4),
+        "alpha": torch.tensor(1.0),
+    },
+    "boft": {"oft_blocks": random(3, 8, 16, 16, seed=4, by=0.1), "alpha": torch.tensor(0.0)},
+    "boft-bounded-rescaled": {
+        "oft_blocks": random(2, 8, 16, 16, seed=4, by=0.1),
+        "alpha": torch.tensor(0.5),
+        "rescale": 1 + random(128, 1, seed=6, by=0.1),
+    },
     "oft": {"oft_blocks": random(8, 16, 16, seed=4, by=0.1)},
     "oft-bounded": {"oft_blocks": random(8, 16, 16, seed=4, by=0.1), "alpha": torch.tensor(0.5)},
 }
@@ -173,9 +205,17 @@ REFUSED = {
         {f"{n}.weight": torch.ones(4, 4) for n in GLORA},
         "expected an adapter that can be baked, got a1",
     ),
-    "boft": (
-        {"oft_blocks": torch.ones(2, 8, 16, 16)},
+    "boft-of-another-height": (
+        {"oft_blocks": torch.ones(2, 4, 16, 16)},
         "expected an adapter that can be baked, got oft_blocks",
+    ),
+    "boft-of-too-many-stages": (
+        {"oft_blocks": torch.ones(5, 8, 16, 16)},
+        "expected an adapter that can be baked, got oft_blocks",
+    ),
+    "tucker-core": (
+        {**PAIR, "lora_mid.weight": torch.ones(3, 3, 1, 1)},
+        "expected them to share their inner size",
     ),
     "rank": (
         {"lora_down.weight": torch.ones(1100, 128), "lora_up.weight": torch.ones(128, 1100)},

@@ -104,7 +104,15 @@ def test_a_kronecker_product_stays_two_small_matrices(form):
 
 def test_what_costs_more_than_the_weight_has_no_factors():
     assert factors.factor(loha(rank=8)) is None
-    assert factors.factor(lora(**{"lora_mid.weight": random(4, 4, 3, 3, seed=3)})) is None
+
+
+def test_a_tucker_core_of_a_convolution_costs_no_rank():
+    core = random(4, 4, 3, 3, seed=3)
+    [branch] = factors.factor(lora(**{"lora_mid.weight": core})).branches
+    up, down = (lora()[f"lora_{end}.weight"].double() for end in ("up", "down"))
+    expected = torch.einsum("ni,ijhw,jk->nkhw", up, core.double(), down).flatten(1)
+    assert branch.rank == 4
+    assert_close(branch.difference(), expected, "fp32_sum")
 
 
 BROKEN = {

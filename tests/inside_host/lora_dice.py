@@ -53,7 +53,7 @@ PAIRS = (
     ("lora.up.weight", "lora.down.weight"),
 )
 RANKS = [1, 2, 4, 8, 16]
-KINDS = ["lora", "lora", "lora", "mid", "dora", "loha", "lokr", "glora", "oft", "diff"]
+KINDS = ["lora", "lora", "lora", "mid", "dora", "loha", "tucker", "lokr", "glora", "oft", "boft", "diff"]
 ALPHAS = [1.0, 8.0, 0.5]
 SPOILINGS = ["missing", "shape", "nan", "depth", "integers"]
 OPTIONAL = {
@@ -90,7 +90,7 @@ class Throw:
 
 def _height(members: dict[str, Tensor], weight: np.ndarray) -> int:
     if "oft_blocks" in members:
-        return members["oft_blocks"].shape[0] * members["oft_blocks"].shape[1]
+        return members["oft_blocks"].shape[-3] * members["oft_blocks"].shape[-1]
     if "a1.weight" in members:
         return members["b1.weight"].shape[0]
     return lora_oracle.low_rank({n: t for n, t in members.items() if n != "dora_scale"}).shape[0]
@@ -134,7 +134,7 @@ class Dice:
         rank = self.note(self.random.choice(RANKS))
         kind = self.note(self.random.choice(KINDS))
         members = getattr(self, f"_{kind}")(n, k, rank)
-        if kind not in ("diff", "oft") and self.random.random() < 0.5:
+        if kind not in ("diff", "oft", "boft") and self.random.random() < 0.5:
             members["alpha"] = torch.tensor(self.note(self.random.choice(ALPHAS)))
         return members
 
@@ -155,6 +155,13 @@ class Dice:
         rank = min(rank, 4)
         ups = {f"hada_w{i}_a": self.numbers(n, rank) for i in (1, 2)}
         return ups | {f"hada_w{i}_b": self.numbers(rank, k, by=k**-0.25) for i in (1, 2)}
+
+    def _tucker(self, n: int, k: int, rank: int) -> dict[str, Tensor]:
+        rank, members = min(rank, 4), {}
+        for i in (1, 2):
+            members |= {f"hada_w{i}_a": self.numbers(rank, n), f"hada_t{i}": self.numbers(rank, rank, 1, 1)}
+            members[f"hada_w{i}_b"] = self.numbers(rank, k, by=k**-0.25)
+        return members
 
     def _lokr(self, n: int, k: int, rank: int) -> dict[str, Tensor]:
         a, b = self.random.choice([1, 2, 4, 16]), self.random.choice([1, 2, 4, 16])
@@ -177,6 +184,11 @@ class Dice:
         size = self.random.choice([8, 16, 32])
         return {"oft_blocks": self.numbers(n // size, size, size, by=0.1), "alpha": torch.tensor(0.0)}
 
+    def _boft(self, n: int, k: int, rank: int) -> dict[str, Tensor]:
+        size, stages = self.random.choice([8, 16, 32]), self.random.choice([1, 2, 3])
+        blocks = self.numbers(stages, n // size, size, size, by=0.1)
+        return {"oft_blocks": blocks, "alpha": torch.tensor(0.0)}
+
     def _diff(self, n: int, k: int, rank: int) -> dict[str, Tensor]:
         return {"diff": self.numbers(n, rank) @ self.numbers(rank, k)}
 
@@ -189,7 +201,10 @@ class Dice:
         if spoiling == "missing":
             self._lose(made, module, name, tail)
         elif spoiling == "shape" and tail != "alpha":
-            made.tensors[name] = torch.cat([made.tensors[name]] * 3)
+            axis = (
+                1 if made.tensors[name].ndim == 4 and tail == "oft_blocks" else 0
+            )  # more stages are no fault
+            made.tensors[name] = torch.cat([made.tensors[name]] * 3, axis)
             made.fault = "shape"
         elif spoiling == "nan":
             made.tensors[name] = torch.full_like(made.tensors[name], float("nan"))

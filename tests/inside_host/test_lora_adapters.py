@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.sd
+import comfy.weight_adapter
 import pytest
 import torch
 
@@ -43,9 +44,27 @@ def lokr(place, factor, thin):
     return members(name, tensors)
 
 
-def glora(place, rank=4):
+def lokr_in_four(place, factor=8, rank=2):
+    name, n, k = place
+    sizes = {"w1_a": (factor, rank), "w1_b": (rank, factor)}
+    sizes |= {"w2_a": (n // factor, rank), "w2_b": (rank, k // factor)}
+    tensors = {f"lokr_{t}": random(*s, seed=i, by=0.3) for i, (t, s) in enumerate(sizes.items())}
+    return members(name, tensors | {"alpha": torch.tensor(3.0)})
+
+
+def tucker_loha(place, rank=3):
+    name, n, k = place
+    tensors = {f"hada_w{i}_a": random(rank, n, seed=i, by=0.5) for i in (1, 2)}
+    tensors |= {f"hada_w{i}_b": random(rank, k, seed=i + 2, by=0.2) for i in (1, 2)}
+    tensors |= {f"hada_t{i}": random(rank, rank, 1, 1, seed=i + 4) for i in (1, 2)}
+    return members(name, tensors | {"alpha": torch.tensor(2.0)})
+
+
+def glora(place, rank=4, old=False):
     name, n, k = place
     sizes = {"a1": (k, rank), "a2": (rank, k), "b1": (n, rank), "b2": (rank, k)}
+    if old:
+        sizes = {"a1": sizes["a2"], "a2": sizes["a1"], "b1": sizes["b2"], "b2": sizes["b1"]}
     return members(
         name, {f"{t}.weight": random(*s, seed=i, by=0.15) for i, (t, s) in enumerate(sizes.items())}
     )
@@ -71,7 +90,18 @@ def mid(place, rank=4):
     return members(name, tensors | {"lora_mid.weight": random(rank, rank, 1, 1, seed=3)})
 
 
+def dora(tensors, place, by_columns=False):
+    name, n, k = place
+    return tensors | {f"{name}.dora_scale": random(*((1, k) if by_columns else (n, 1)), seed=9, by=3).abs()}
+
+
+RESCALE = 1 + random(QKV[1], 1, seed=3, by=0.1)
 EXACT = {
+    "locon-tucker": mid(OUT),
+    "loha-tucker": tucker_loha(OUT),
+    "lokr-in-four": lokr_in_four(OUT),
+    "glora-old": glora(QKV, old=True),
+    "glora-old-square": glora(TO_K, old=True),
     "loha": loha(QKV, 2) | loha(OUT, 3),
     "loha-slice": loha(TO_K, 2),
     "lokr-thin": lokr(QKV, 4, 3) | lokr(OUT, 16, 2),
@@ -84,7 +114,14 @@ EXACT = {
 WHOLE = {  # a dense difference in the host's 16-bit LoRA dtype
     "oft": oft(QKV) | oft(OUT),
     "oft-constrained": oft(QKV, alpha=torch.tensor(0.5)),
+    "oft-rescaled": oft(QKV, alpha=torch.tensor(0.0), rescale=RESCALE),
     "boft": oft(QKV, axes=4, alpha=torch.tensor(0.0)),
+    "boft-rescaled": oft(QKV, axes=4, alpha=torch.tensor(0.0), rescale=RESCALE),
+    "dora-of-loha": dora(loha(QKV, 2), QKV),
+    "dora-of-lokr-by-columns": dora(lokr(OUT, 4, 2), OUT, by_columns=True),
+    "dora-of-glora": dora(glora(QKV), QKV),
+    "dora-of-oft": dora(oft(QKV, alpha=torch.tensor(0.5)), QKV),
+    "dora-of-a-tucker-form": dora(mid(OUT), OUT),
     "difference": diff(QKV, 200),
     "loha-of-high-rank": loha(QKV, 12),
 }
@@ -148,14 +185,30 @@ def test_order_is_kept_where_it_matters(twins, second):
     assert_close(sample(stack(twins.quantized)), sample(stack(twins.dense)), "host_dense_branch")
 
 
-def test_mid_matrices_on_a_linear(twins):
-    """The host means them for convolutions and skips a linear's; the definition is 1x1, so we take it."""
-    tensors = mid(OUT)
-    joined = loras.stock(twins.quantized, tensors)
-    name = OUT[0]
-    up, down, middle = (tensors[f"{name}.lora_{x}.weight"].flatten(1) for x in ("up", "down", "mid"))
-    same = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": middle @ down}
-    assert_close(sample(joined), sample(loras.stock(twins.dense, same)), "host_twin")
+def test_every_adapter_of_the_host_is_here(twins):
+    patched = [loras.stock(twins.dense, tensors).patches for tensors in (EXACT | WHOLE).values()]
+    found = {patch[1].name for one in patched for [patch] in one.values() if hasattr(patch[1], "name")}
+    assert found == {adapter.name for adapter in comfy.weight_adapter.adapters}
+
+
+def test_tucker_lokr(twins):
+    """The host fails to lay out this product and leaves the layer as it is; the definition is plain, so we take it."""
+    (name, n, k), rank = QKV, 3
+    up, down, core = random(rank, n // 4, seed=2), random(rank, k // 4, seed=3, by=0.1), random(3, 3, seed=4)
+    first = {"lokr_w1": random(4, 4, seed=1, by=0.3), "alpha": torch.tensor(2.0)}
+    tucker = first | {"lokr_w2_a": up, "lokr_w2_b": down, "lokr_t2": core.reshape(rank, rank, 1, 1)}
+    same = first | {"lokr_w2_a": up.T.contiguous(), "lokr_w2_b": core @ down}
+    joined = loras.stock(twins.quantized, members(name, tucker))
+    assert_close(sample(joined), sample(loras.stock(twins.dense, members(name, same))), "host_twin")
+
+
+def test_what_the_host_cannot_read_adds_nothing(twins, caplog):
+    """It takes no BOFT without the number that bounds it, says so in the log, and goes on."""
+    model = loras.stock(twins.quantized, oft(QKV, axes=4))
+    assert torch.equal(sample(model), sample(twins.quantized))
+    assert "ERROR boft" in caplog.text
+    sample(model, steps=1)
+    assert branches(model, "img_attn.qkv") == ()
 
 
 def test_a_patch_that_does_not_fit_is_skipped_and_said(twins, caplog):

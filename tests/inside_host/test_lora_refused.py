@@ -63,6 +63,10 @@ REFUSED = {
         "expected 768 or 256 DoRA magnitudes, got 5",
     ),
     "oft": ({f"{QKV}.oft_blocks": torch.ones(5, 8, 8)}, "expected 768 rows, got 5 blocks of 8"),
+    "boft": (
+        {f"{QKV}.oft_blocks": torch.zeros(7, 48, 16, 16)},
+        "expected 768 rows, got 7 stages of which the last spans 1024",
+    ),
     "glora": (
         {f"{QKV}.{t}.weight": torch.ones(4, 4) for t in ("a1", "a2", "b1", "b2")},
         r"expected GLoRA factors of \[768, 256\]",
