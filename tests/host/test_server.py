@@ -96,6 +96,14 @@ def test_client_names_the_refused_input(comfy):
     comfy.client.run(PICTURE)
 
 
+def test_client_runs_no_part_of_a_prompt(comfy):
+    """The host by itself leaves out the pictures that cannot be made."""
+    half = {**PICTURE, "3": {"class_type": "SaveImage", "inputs": {"images": ["1", 0]}}}
+    with pytest.raises(PromptRefused, match=r"SaveImage: .*filename_prefix"):
+        comfy.client.run(half)
+    comfy.client.run(PICTURE)
+
+
 def test_client_names_the_failed_node(comfy):
     outside = {
         **PICTURE,

@@ -101,12 +101,19 @@ class ComfyClient:
         self.post("/interrupt", {})
 
     def queue(self, prompt: Prompt, client_id: str | None = None) -> str:
-        """Queue a prompt in API form without waiting; returns its id. Raises PromptRefused."""
+        """Queue a prompt in API form without waiting; returns its id.
+
+        Raises PromptRefused, also when the host would run a part of it.
+        """
         body = {"prompt": prompt, "client_id": client_id or uuid.uuid4().hex}
         try:
-            return self.post("/prompt", body)["prompt_id"]
+            answer = self.post("/prompt", body)
         except urllib.error.HTTPError as refusal:
             raise PromptRefused(json.loads(refusal.read())) from None
+        if answer.get("node_errors"):
+            self.post("/queue", {"delete": [answer["prompt_id"]]})
+            raise PromptRefused(answer)
+        return answer["prompt_id"]
 
     def events(self, prompt: Prompt) -> Iterator[Event]:
         """Queue a prompt and yield what the host says about it, to its end, however it ends."""
