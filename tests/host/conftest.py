@@ -14,6 +14,7 @@ from svdquant_nodes.tools.host.places import Host
 from svdquant_nodes.tools.host.server import ComfyServer
 
 HOSTS = host_trees()
+SMALL_NODES = Path(__file__).with_name("small_nodes.py").resolve()
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,11 @@ def host(request: pytest.FixtureRequest) -> Host:
 
 @pytest.fixture(scope="session")
 def comfy(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
-    """The host, started once with this pack as its only custom node."""
-    with ComfyServer(host, tmp_path_factory.mktemp(f"comfyui-{host.version}")) as server:
+    """The host, started once, with this pack and the nodes that make small models for tests."""
+    base = tmp_path_factory.mktemp(f"comfyui-{host.version}")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / SMALL_NODES.name).symlink_to(SMALL_NODES)
+    with ComfyServer(host, base) as server:
         yield Comfy(server.client, server.base, host.version, server)
 
 

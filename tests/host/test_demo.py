@@ -18,6 +18,7 @@ from svdquant_nodes.tools.host.places import ROOT
 
 DEMO = json.loads((ROOT / "workflows" / "api" / "demo.json").read_text())
 INT4 = ROOT / "demo" / "diffusion_models" / "svdquant-demo-int4.safetensors"
+HINT = {"width": 64, "height": 64, "batch_size": 1, "color": 0x3366CC}
 NODE = {node["class_type"]: name for name, node in DEMO.items()}
 
 
@@ -137,6 +138,27 @@ def test_lora_changes_the_drawing_and_half_changes_it_less(comfy, drawing):
 def test_stock_lora_loader_draws_the_same(comfy, strength):
     prompt = demo(SVDQuantApplyLora={"strength": strength})
     assert psnr(picture(comfy, prompt), picture(comfy, with_stock_lora(prompt, strength))) == math.inf
+
+
+def controlled(prompt):
+    """The same prompt with a ControlNet on both its texts, by ComfyUI's own nodes."""
+    sampled = prompt[NODE["SVDQuantSample"]]["inputs"]
+    texts = {"positive": sampled["positive"], "negative": sampled["negative"]}
+    how = {"control_net": ["net", 0], "image": ["hint", 0], "strength": 0.5}
+    how |= {"start_percent": 0.0, "end_percent": 1.0, "vae": [NODE["SVDQuantDemoVAE"], 0]}
+    sampled |= {"positive": ["steered", 0], "negative": ["steered", 1]}
+    return prompt | {
+        "net": {"class_type": "ControlNetLoader", "inputs": {"control_net_name": "small-flux.safetensors"}},
+        "hint": {"class_type": "EmptyImage", "inputs": HINT},
+        "steered": {"class_type": "ControlNetApplyAdvanced", "inputs": texts | how},
+    }
+
+
+def test_a_controlnet_steers_4_bits_as_it_steers_16(comfy, drawing):
+    comfy.client.run({"1": {"class_type": "TestSmallControlNet", "inputs": {"family": "flux"}}})
+    ours, theirs = (picture(comfy, controlled(prompt)) for prompt in (demo(), with_stock_loader(demo())))
+    assert psnr(theirs, drawing) < 20
+    assert psnr(ours, theirs) > 25
 
 
 def test_lora_removed_is_the_first_drawing_again(comfy, drawing):

@@ -6,12 +6,15 @@ import json
 
 import pytest
 
+from svdquant_nodes.tests.host.small_graphs import node, saved
+from svdquant_nodes.tests.tolerances import distance
+
 PLAIN = [["encoder.final_layer_norm.weight", [128]], ["shared.weight", [32128, 128]]]
 
 
 @pytest.fixture(scope="module")
 def files(comfy):
-    """A narrow T5 with the depth and MLP by which ComfyUI knows T5-XXL, in 4 bits, and a small one in 16."""
+    """A narrow T5 with the depth and MLP by which ComfyUI knows T5-XXL, in 4 bits, and two small ones in 16."""
     import torch
     from safetensors.torch import save_file
 
@@ -20,6 +23,7 @@ def files(comfy):
     draw = torch.Generator().manual_seed(0)
     save_file(four_bits(draw), folder / "t5-int4.safetensors")
     save_file(sixteen_bits(draw), folder / "t5-fp16.safetensors")
+    save_file(sixteen_bits(draw), folder / "t5-another.safetensors")
     return folder
 
 
@@ -57,11 +61,10 @@ def four_bits(draw, blocks=24, hidden=10240):
 def sixteen_bits(draw, blocks=2, hidden=256):
     import torch
 
-    weights = {f"{name}.weight": (n, k) for name, n, k in linears(blocks, hidden)}
-    made = {
-        name: (torch.randn(shape, generator=draw) * shape[1] ** -0.5).half()
-        for name, shape in weights.items()
-    }
+    made = {}
+    for name, n, k in linears(blocks, hidden):
+        size = (k * (64 if name.endswith(".q") else 1)) ** -0.5  # T5's attention divides by nothing
+        made[f"{name}.weight"] = (torch.randn(n, k, generator=draw) * size).half()
     return made | around(draw, blocks)
 
 
@@ -113,15 +116,35 @@ def test_stock_lora_loader_changes_the_encoding_and_back(comfy, files):
     assert shown(comfy.client.run(prompt())) == before
 
 
-def test_quantized_here_and_inspected(comfy, files):
-    graph = {
-        "1": {
-            "class_type": "SVDQuantQuantizeTextEncoder",
-            "inputs": {"source": "t5-fp16.safetensors", "file_name": "made/here"},
-        }
-    }
-    told = comfy.client.run(graph).outputs["1"]["text"][0]
-    assert told.startswith("here.safetensors: ") and "mean error of weights" in told
+@pytest.fixture(scope="module")
+def quantized(comfy, files):
+    """What the node tells of the 4-bit file that it makes of the small one."""
+    inputs = {"source": "t5-fp16.safetensors", "file_name": "made/here"}
+    graph = {"1": {"class_type": "SVDQuantQuantizeTextEncoder", "inputs": inputs}}
+    return comfy.client.run(graph).outputs["1"]["text"][0]
+
+
+def test_quantized_here_and_inspected(comfy, files, quantized):
+    assert quantized.startswith("here.safetensors: ") and "mean error of weights" in quantized
     assert (files / "made" / "here.safetensors").is_file()
     inspect = {"1": {"class_type": "SVDQuantInspect", "inputs": {"model_name": "made/here.safetensors"}}}
     assert "nunchaku_t5, T5" in json.dumps(comfy.client.run(inspect).outputs)
+
+
+def test_quantized_here_encodes_what_16_bits_encode(comfy, quantized):
+    """Gaussian weights, whose rounding errors of 9 % nothing hides, through two blocks."""
+    loaded = {"text_encoder1": "made/here.safetensors", "text_encoder2": "none", "type": "pixart"}
+    clips = {
+        "4": node("SVDQuantLoadTextEncoder", **loaded),
+        "16": node("TestSmallT5", file_name="t5-fp16.safetensors"),
+        "another": node("TestSmallT5", file_name="t5-another.safetensors"),
+    }
+    graph = {}
+    for name, clip in clips.items():
+        graph[f"{name} clip"] = clip
+        graph[f"{name} text"] = node("CLIPTextEncode", clip=[f"{name} clip", 0], text="a (red:1.2) fox")
+        graph[f"{name} latent"] = node("TestTextAsLatent", text=[f"{name} text", 0])
+        graph[name] = node("SaveLatent", samples=[f"{name} latent", 0], filename_prefix=f"t5/{name}")
+    texts = saved(comfy, graph)
+    assert texts["4"].shape == texts["16"].shape
+    assert 0.01 < distance(texts["4"], texts["16"]).norm < 0.2 < distance(texts["4"], texts["another"]).norm

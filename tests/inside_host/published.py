@@ -16,20 +16,6 @@ from svdquant_nodes.svdquant.core import awq, int4
 from svdquant_nodes.svdquant.core.weights import AWQ, INT4, LinearWeights, QuantSpec
 
 
-def random_weights(model: torch.nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """bf16 tensors for every name of a meta model: matrices keep the variance, norms are one, biases open the gates."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
-    for name, like in model.state_dict().items():
-        if like.ndim > 1:
-            t = torch.randn(like.shape, generator=generator) * (1 / like[0].numel() ** 0.5)
-        elif name.endswith("weight"):
-            t = torch.ones(like.shape)
-        else:
-            t = torch.randn(like.shape, generator=generator) * 0.2
-        tensors[name] = t.to(torch.bfloat16)
-    return tensors
-
-
 def four_bit(weight: Tensor, bias: Tensor | None) -> LinearWeights:
     """Round to int4 as it is: smooth of ones, rank 16 of zeros."""
     (n, k), dtype = weight.shape, torch.bfloat16

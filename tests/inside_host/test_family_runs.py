@@ -20,11 +20,11 @@ from svdquant_nodes.svdquant.adapters.load import load_model
 from svdquant_nodes.svdquant.adapters.plans import make_plan
 from svdquant_nodes.svdquant.quantizer import recipes, stream
 from svdquant_nodes.svdquant.quantizer.statistics import Statistics
-from svdquant_nodes.tests.inside_host import published, small, twins
-from svdquant_nodes.tests.inside_host.small import SMALL
+from svdquant_nodes.tests.inside_host import small, twins
 from svdquant_nodes.tests.inside_host.test_other_families import check_weights
 from svdquant_nodes.tests.inside_host.twins import error
 from svdquant_nodes.tests.loaders import full_size
+from svdquant_nodes.tests.small_models import SMALL, detecting
 from svdquant_nodes.tests.tolerances import assert_close
 
 BOTH = ("pixart-sigma", "qwen-image", "z-image", "flux2")
@@ -35,7 +35,7 @@ CASES = ["sdxl-int4", "chroma-int4", "wan-int4", *(f"{name}-{p}" for name in BOT
 class Made:
     """A small model, quantized.
 
-    family  in small.SMALL
+    family  in SMALL
     source  the 16-bit tensors
     path    the 4-bit file
     before  what the 16-bit model draws
@@ -58,11 +58,10 @@ def sample(family, model, control=None):
 def made(request, tmp_path_factory):
     family, _, precision = request.param.rpartition("-")
     folder, made_of = tmp_path_factory.mktemp("model"), SMALL[family]
-    with torch.inference_mode(), small.detecting(made_of), pytest.MonkeyPatch.context() as patch:
+    with torch.inference_mode(), detecting(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipes, "INSTANT_ROUNDS", 1)
-        source = published.random_weights(made_of.model())
-        unused = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in made_of.unused.items()}
-        save_file(source | unused, folder / "source.safetensors")
+        source = made_of.tensors()
+        save_file(source, folder / "source.safetensors")
         exact = comfy.sd.load_diffusion_model(str(folder / "source.safetensors"))
         seen = Statistics(64)
         before = sample(family, calibration.recording(exact, seen.see))

@@ -14,9 +14,8 @@ from svdquant_nodes.loaders.source import open_source
 from svdquant_nodes.svdquant.adapters.load import load_model
 from svdquant_nodes.svdquant.adapters.plans import make_plan
 from svdquant_nodes.svdquant.quantizer import recipes, stream
-from svdquant_nodes.tests.inside_host import published, small
-from svdquant_nodes.tests.inside_host.small import SMALL
 from svdquant_nodes.tests.inside_host.test_other_families import check_weights
+from svdquant_nodes.tests.small_models import SMALL, detecting, random_weights
 
 
 @pytest.mark.parametrize("form", ["published", "mixed"])
@@ -24,7 +23,7 @@ from svdquant_nodes.tests.inside_host.test_other_families import check_weights
 def test_linears_kept_in_16_bits_come_back_as_they_were(family, form, tmp_path, monkeypatch):
     """One that is fused, one that is not: by name in the published layout, or as a size to keep would choose."""
     monkeypatch.setattr(recipes, "INSTANT_ROUNDS", 1)
-    source, kept = published.random_weights(SMALL[family].model()), ("*to_qkv", "*net.2")
+    source, kept = random_weights(SMALL[family].model()), ("*to_qkv", "*net.2")
     save_file(source, tmp_path / "source.safetensors")
     model = open_source(tmp_path / "source.safetensors")
     overrides = tuple((pattern, "plain") for pattern in kept)
@@ -38,5 +37,5 @@ def test_linears_kept_in_16_bits_come_back_as_they_were(family, form, tmp_path, 
     assert not any(
         name.endswith(("to_qkv", "net.2")) for name in open_checkpoint(tmp_path / "made.safetensors").info
     )
-    with small.detecting(SMALL[family]):
+    with detecting():
         check_weights(load_model(tmp_path / "made.safetensors"), source)

@@ -12,7 +12,7 @@ from svdquant_nodes.svdquant.adapters.load import load_model
 from svdquant_nodes.svdquant.adapters.lora import apply_lora
 from svdquant_nodes.svdquant.adapters.plans import make_plan
 from svdquant_nodes.svdquant.quantizer import stream
-from svdquant_nodes.tests.inside_host import loras, published, small
+from svdquant_nodes.tests.inside_host import loras, small
 from svdquant_nodes.tests.inside_host.test_lora_families import (
     NAMINGS,
     RANK,
@@ -23,6 +23,7 @@ from svdquant_nodes.tests.inside_host.test_lora_families import (
     written,
 )
 from svdquant_nodes.tests.inside_host.twins import EXACT_ACTIVATIONS, error
+from svdquant_nodes.tests.small_models import SMALL, detecting, random_weights
 from svdquant_nodes.tests.tolerances import assert_close
 
 SDXL = "input_blocks.4.1.transformer_blocks.0."
@@ -87,7 +88,7 @@ def in_the_hosts_names(family, folder):
 
 def in_its_published_layout(family, folder):
     source = folder / "source.safetensors"
-    save_file(published.random_weights(small.SMALL[family].model()), source)
+    save_file(random_weights(SMALL[family].model()), source)
     plan = make_plan(open_source(source), rank=16)
     stream.quantize(plan, folder / "base.safetensors", stream.Settings("instant"))
 
@@ -103,7 +104,7 @@ def test_baked_is_applied(write, family, tmp_path):
     path = written(tmp_path, lora_and_truth(NAMINGS["diffusers"], family, twins_of(family)[0].dense)[0])
     baked = bake(tmp_path / "base.safetensors", [(path, 1.0)], tmp_path / "baked.safetensors")
     assert baked.unmatched == ()
-    with small.detecting(small.SMALL[family]):
+    with detecting():
         base, ours = (
             load_model(tmp_path / f"{name}.safetensors", ops=EXACT_ACTIVATIONS) for name in ("base", "baked")
         )

@@ -19,8 +19,8 @@ from svdquant_nodes.tests.inside_host.published import (
     four_bit_plain,
     four_bit_unsigned,
 )
-from svdquant_nodes.tests.inside_host.small import SDXL, SMALL
 from svdquant_nodes.tests.inside_host.twins import error
+from svdquant_nodes.tests.small_models import SDXL, SMALL, detecting, random_weights
 from svdquant_nodes.tests.tolerances import assert_close
 
 
@@ -219,10 +219,10 @@ CASES = {  # family, how to publish it, in which dialect
 def test_every_weight_arrives_in_its_place(case, tmp_path):
     family, publish, dialect = CASES[case]
     path = tmp_path / "model.safetensors"
-    source = published.random_weights(SMALL[family].model())
+    source = random_weights(SMALL[family].model())
     model = publish(source)
     published.write(path, model.layers, model.plain, dialect)
-    with small.detecting(SMALL[family]):
+    with detecting():
         check_weights(load_model(path), source)
 
 
@@ -244,7 +244,7 @@ def check_weights(model, source, linears=None):
 
 def test_lora_on_a_share_of_a_fused_layer(tmp_path):
     path = tmp_path / "sdxl.safetensors"
-    model = publish_sdxl(published.random_weights(SMALL["sdxl"].model()))
+    model = publish_sdxl(random_weights(SMALL["sdxl"].model()))
     published.write(path, model.layers, model.plain)
     both = twins.make(path)
     generator, name = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import comfy.sd
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from svdquant_nodes.loaders.source import open_source
@@ -14,9 +13,9 @@ from svdquant_nodes.svdquant.adapters.operations import quantized_linears
 from svdquant_nodes.svdquant.adapters.plans import make_plan
 from svdquant_nodes.svdquant.quantizer import choices, stream
 from svdquant_nodes.svdquant.quantizer.sensitivity import Limit
-from svdquant_nodes.tests.inside_host import published, small
-from svdquant_nodes.tests.inside_host.small import SMALL
+from svdquant_nodes.tests.inside_host import small
 from svdquant_nodes.tests.inside_host.twins import error
+from svdquant_nodes.tests.small_models import SMALL, detecting
 
 RECIPES = {"sdxl": "fast", "pixart-sigma": "best"}
 LINEARS = {"sdxl": 4, "pixart-sigma": 2}  # quantized; the rest stays in 16 bits, for the sake of time
@@ -27,9 +26,8 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("family", RECIPES)
 def test_calibrated_recipes_draw_nearer_than_instant(family, tmp_path):
     made_of, source = SMALL[family], tmp_path / "source.safetensors"
-    with small.detecting(made_of):
-        unused = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in made_of.unused.items()}
-        save_file(published.random_weights(made_of.model()) | unused, source)
+    with detecting():
+        save_file(made_of.tensors(), source)
         exact = comfy.sd.load_diffusion_model(str(source))
         watched, seen = SVDQuantCalibrate.execute(exact, 128, 0).args
         before = small.sample(family, watched, batch=2, cfg=2.0)
