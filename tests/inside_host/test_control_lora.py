@@ -6,9 +6,11 @@ import comfy.controlnet
 import pytest
 import torch
 
-from svdquant_nodes.tests.inside_host import loras, published, small
-from svdquant_nodes.tests.inside_host.test_controlnet import HINT, sdxl
+from svdquant_nodes.tests.inside_host import loras, small
+from svdquant_nodes.tests.inside_host.test_controlnet import HINT
 from svdquant_nodes.tests.inside_host.twins import error
+from svdquant_nodes.tests.small_controlnets import sdxl
+from svdquant_nodes.tests.small_models import random_weights
 from svdquant_nodes.tests.tolerances import assert_close
 
 OWN = ("input_hint_block", "zero_convs", "middle_block_out")  # what the file has whole
@@ -19,7 +21,7 @@ def control_lora():
     """Rank 4 on every second matrix of random weights; a layer without one is the model's as it is."""
     tensors, draw = {"lora_controlnet": torch.zeros(0)}, torch.Generator().manual_seed(9)
     matrices = 0
-    for name, weight in published.random_weights(sdxl()[0]).items():
+    for name, weight in random_weights(sdxl()).items():
         module, _, end = name.rpartition(".")
         if name.startswith(OWN):
             tensors[name] = weight
