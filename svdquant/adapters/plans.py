@@ -55,7 +55,8 @@ def make_plan(
     precision  int4 | nvfp4
     rank       of every branch that is large enough for it
     centred    let biases take the mean out of inputs where that is free; LoRAs then see other inputs
-    overrides  (pattern of file names, int4 | nvfp4 | awq | plain), the last that matches wins
+    overrides  (pattern of file names, int4 | nvfp4 | awq | plain), the last that matches wins; a published layout
+               that has no place for such a form gives way to the natural one
 
     Raises ValueError for settings that no file can hold, a text encoder, or a model without linears worth quantizing.
     """
@@ -70,14 +71,16 @@ def make_plan(
         )
     plan = _draft(source, precision, rank)
     jobs = [override(job, overrides) for job in plan.jobs]
-    if plan.family != MODEL:
-        refuse_forms(jobs, plain=plan.family != flux.FAMILY.name)
-    jobs = [job for job in jobs if job.precision != "plain"]
-    if not jobs:
-        raise ValueError(f"{source.path.name}: expected linears to quantize, got none that are large enough.")
     if not centred:
         jobs = [replace(job, center=None, folds=()) for job in jobs]
-    return replace(plan, jobs=tuple(jobs))
+    quantized = [job for job in jobs if job.precision != "plain"]
+    if not quantized:
+        raise ValueError(f"{source.path.name}: expected linears to quantize, got none that are large enough.")
+    if plan.family != MODEL:
+        refuse_forms(jobs)
+        if mixes(jobs, plain=plan.family != flux.FAMILY.name):
+            return plan.mixing(jobs)
+    return replace(plan, jobs=tuple(quantized))
 
 
 def _draft(source: SourceModel, precision: str, rank: int) -> Plan:
@@ -107,15 +110,29 @@ def override(job: Job, overrides: tuple[tuple[str, str], ...]) -> Job:
     return job
 
 
-def refuse_forms(jobs: list[Job], *, plain: bool) -> None:
-    """Published layouts have one form for a linear; for some families 16 bits is another, which we can read."""
+def refuse_forms(jobs: list[Job]) -> None:
+    """Forms that no file can hold: W4A4 modulations, whose rows lie in AWQ's order, and half a linear in 16 bits."""
+    kept = {job.source for job in jobs if job.precision == "plain"}
     for job in jobs:
-        wrong = not plain if job.precision == "plain" else (job.precision == "awq") != bool(job.chunks)
-        if wrong:
+        if job.chunks and job.precision not in ("awq", "plain"):
+            raise ValueError(f"{job.name}: expected awq or plain for a modulation, got {job.precision}.")
+        if job.source in kept and job.precision != "plain":
+            halves = [one.name for one in jobs if one.source == job.source and one.precision == "plain"]
             raise ValueError(
-                f"{job.name}: expected int4 or nvfp4 (awq for modulations), got {job.precision}: a file in "
-                "Nunchaku's layout has no other form for it."
+                f"{job.name}: expected plain, as of {halves[0]}, got {job.precision}: they are one linear of the "
+                f"model ({job.source}), which stays in 16 bits as a whole. Name both, or neither."
             )
+
+
+def mixes(jobs: list[Job], *, plain: bool) -> bool:
+    """Whether the linears have forms that the published layout has no place for.
+
+    plain   whether it has one for 16-bit linears, in this family
+    """
+    return any(
+        (job.precision == "awq" and not job.chunks) or (job.precision == "plain" and not plain)
+        for job in jobs
+    )
 
 
 def refuse_names(source: SourceModel, jobs: list[Job]) -> None:

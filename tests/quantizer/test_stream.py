@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -45,7 +46,7 @@ def dense(path):
         ]
         weights = [reference.dequantize(w) for w in stored]
         tensors[f"{host}.weight"] = torch.cat(weights, dim=0 if mapped.axes[host] == "rows" else 1)
-        plain = [reference.plain_bias(w) for w in stored]
+        plain = [torch.zeros(len(w.codes)) if w.bias is None else reference.plain_bias(w) for w in stored]
         tensors[f"{host}.bias"] = (
             torch.cat(plain) if mapped.axes[host] == "rows" else torch.stack(plain).sum(0)
         )
@@ -192,7 +193,12 @@ def test_bad_sources_are_refused_and_leave_no_file(tmp_path, change, message):
 BAD_SETTINGS = {
     "rank": (dict(rank=17), "rank: expected a multiple of 16 up to 256, got 17"),
     "precision": (dict(precision="int3"), "precision: expected int4 or nvfp4"),
-    "flux-in-16-bit": (dict(overrides=(("*.mlp_fc1", "plain"),)), "Nunchaku's layout has no other form"),
+    "half-a-linear-in-16-bit": (
+        dict(overrides=(("*.mlp_fc1", "plain"),)),
+        r"qkv_proj: expected plain, as of single.*\.mlp_fc1, .*one linear of the model \(single_blocks\.0\.linear1\)",
+    ),
+    "modulation-in-int4": (dict(overrides=(("*norm1.linear", "int4"),)), "expected awq or plain for a modul"),
+    "everything-in-16-bit": (dict(overrides=(("*", "plain"),)), "expected linears to quantize, got none"),
     "unknown-override": (dict(overrides=(("*", "int2"),)), "expected int4, nvfp4, awq or plain, got 'int2'"),
 }
 
@@ -201,6 +207,33 @@ BAD_SETTINGS = {
 def test_bad_settings_are_refused(source, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         quantize(source, tmp_path / "out.safetensors", **options)
+
+
+MIXED = {  # what is asked for, and the linears of the model that are in 16 bits then
+    "16-bit": ((("transformer_blocks.0.qkv_proj", "plain"),), {"double_blocks.0.img_attn.qkv"}),
+    "16-bit-modulation": ((("*norm1.linear", "plain"),), {"double_blocks.0.img_mod.lin"}),
+    "16-bit-in-two": (
+        (("single*.qkv_proj", "plain"), ("single*.mlp_fc1", "plain")),
+        {"single_blocks.0.linear1"},
+    ),
+    "awq": ((("*.mlp_fc2", "awq"),), set()),
+}
+
+
+@pytest.mark.parametrize(("overrides", "kept"), MIXED.values(), ids=MIXED)
+def test_forms_that_nunchakus_layout_has_no_place_for_are_written_naturally(
+    source, tmp_path, overrides, kept
+):
+    target, exact = tmp_path / "out.safetensors", load_file(source)
+    quantize(source, target, overrides=overrides)
+    checkpoint = open_checkpoint(target)
+    assert (checkpoint.dialect, resolve(checkpoint).name) == ("natural", "FLUX.1")
+    made = dense(target)
+    for name, tensor in exact.items():
+        if name.endswith("weight"):
+            missed = (made[name].float() - tensor.float()).norm() / tensor.float().norm()
+            inside = re.match(r"(double|single)_blocks", name) and name.removesuffix(".weight") not in kept
+            assert 0 < missed < 0.2 if inside else missed == 0, name
 
 
 def test_target_in_no_folder(source, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ...loaders.plan import Plan
 from ...loaders.source import SourceModel, open_source
-from ...svdquant.adapters.plans import make_plan
+from ...svdquant.adapters.plans import MODEL, make_plan
 from ...svdquant.quantizer import choices, recipes, report, statistics, stream, text_encoder
 from ...svdquant.quantizer.sensitivity import FORMATS, Limit
 
@@ -77,6 +77,10 @@ def main(args: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     settings = stream.Settings(args.recipe or ("best" if samples else "instant"), args.seed, args.device)
     print(f"{source.path.name}: {plan.family}, {len(plan.jobs)} linears, recipe {settings.recipe}")
+    if plan.family != MODEL and plan.write is plan.mixed:
+        print(
+            "note: written in the natural layout, since Nunchaku's has no place for --layer", file=sys.stderr
+        )
     decision = decide(plan, args, settings, samples)
     if decision:
         plan = decision.plan
