@@ -40,10 +40,10 @@ class SVDQuantApplyLora(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, lora_name: str, strength: float, more: dict | str | None = None, **_
+        cls, model, lora_name: str, strength: float, more: dict | str | None = None, **others
     ) -> io.NodeOutput:
         reports = []
-        for path, by in chosen(lora_name, strength, more):
+        for path, by in chosen(lora_name, strength, more, others):
             model, report = lora.apply_lora(model, path, by)
             reports.append(str(report))
         text = "\n".join(reports)

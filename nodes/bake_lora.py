@@ -65,12 +65,12 @@ class SVDQuantBakeLora(io.ComfyNode):
         file_name: str,
         largest_error: float = 0.01,
         more: dict | str | None = None,
-        **_,
+        **others,
     ) -> io.NodeOutput:
         target = bake.new_file(folders.download_folder(folders.MODELS), file_name)
         baked = bake.bake(
             folders.find(folders.MODELS, model_name),
-            chosen(lora_name, strength, more),
+            chosen(lora_name, strength, more, others),
             target,
             rest=folders.download_folder(folders.LORAS) / f"{target.stem}-rest.safetensors",
             limit=largest_error,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from comfy_api.latest import io
@@ -44,17 +45,26 @@ def further_loras() -> io.Input:
     )
 
 
-def chosen(lora_name: str, strength: float, more: dict | str | None) -> list[tuple[Path, float]]:
+def chosen(
+    lora_name: str, strength: float, more: dict | str | None, others: Iterable[str] = ()
+) -> list[tuple[Path, float]]:
     """The files and strengths that a user chose, in order.
 
     more    a dict with its inputs; as it was sent where it is none of the options, which the host leaves to the node
+    others  names of inputs that belong to no option that was chosen
 
-    Raises ValueError for a number of LoRAs that is none of the options.
+    Raises ValueError for a number of LoRAs that is none of the options, and for a LoRA beyond that number.
     """
     more = {} if more is None else more
     if not isinstance(more, dict):
         raise ValueError(
             f'more: expected "0" to "{MORE}" further LoRAs, in quotes, got {more!r}. Send one of these.'
+        )
+    stray = sorted(name for name in others if name.startswith("more."))
+    if stray:
+        raise ValueError(
+            f'{stray[0]}: expected no such input with "more": "{more.get("more", 0)}", got one. '
+            "Raise more, or leave it out."
         )
     pairs = [(lora_name, strength)]
     pairs += [

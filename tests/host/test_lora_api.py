@@ -114,3 +114,14 @@ def test_a_number_of_loras_that_no_option_is(comfy, more):
         PromptFailed, match=f'more: expected "0" to "4" further LoRAs, in quotes, got {more!r}'
     ):
         comfy.client.run(prompt)
+
+
+@pytest.mark.parametrize("more", ["0", "1", None], ids=["none", "one", "left-out"])
+def test_a_lora_beyond_the_number_is_named(comfy, more):
+    given = {} if more is None else {"more": more}
+    given |= {
+        f"more.{name}": value for name, value in (("lora_name_2", LORA), ("strength_2", 0.5)) if more == "1"
+    }
+    prompt = demo(SVDQuantApplyLora=given | {"more.lora_name_3": LORA, "more.strength_3": 0.5})
+    with pytest.raises(PromptFailed, match=rf'more\.lora_name_3: .*with "more": "{more or 0}"'):
+        comfy.client.run(prompt)
