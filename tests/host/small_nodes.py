@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 
 def _name_the_pack() -> None:
-    """Give the tests' modules the names they have under pytest; none of those read here imports the pack."""
+    """Give the tests' modules the names they have under pytest; those read here import loaders and core alone."""
     file = Path(__file__).resolve().parents[2] / "tools" / "pack.py"
     spec = importlib.util.spec_from_file_location("pack", file)
     pack = importlib.util.module_from_spec(spec)
@@ -26,7 +26,8 @@ def _name_the_pack() -> None:
 
 _name_the_pack()
 from svdquant_nodes.tests import small_controlnets  # noqa: E402
-from svdquant_nodes.tests.small_models import SMALL, detecting, detecting_t5, prompt  # noqa: E402
+from svdquant_nodes.tests.inside_host import publishers  # noqa: E402
+from svdquant_nodes.tests.small_models import SMALL, detecting, detecting_t5, prompt, random_weights  # noqa: E402
 
 ALWAYS = contextlib.ExitStack()  # as long as this process lives
 ALWAYS.enter_context(detecting())
@@ -46,6 +47,21 @@ class TestSmallModel(io.ComfyNode):
         return written("diffusion_models", f"small-{family}-{seed}", SMALL[family].tensors(seed))
 
 
+class TestPublishedModel(io.ComfyNode):
+    """Its 4-bit file as others publish it, without branch or smoothing: published-CASE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [io.Combo.Input("case", options=list(publishers.CASES))]
+        return io.Schema(node_id="TestPublishedModel", inputs=inputs, is_output_node=True)
+
+    @classmethod
+    def execute(cls, case: str) -> io.NodeOutput:
+        path, (family, *_) = place("diffusion_models", f"published-{case}"), publishers.CASES[case]
+        publishers.write(case, path, random_weights(SMALL[family].model()))
+        return io.NodeOutput(ui=ui.PreviewText(path.name))
+
+
 class TestSmallControlNet(io.ComfyNode):
     """The file of a ControlNet for it, small-FAMILY."""
 
@@ -59,9 +75,14 @@ class TestSmallControlNet(io.ComfyNode):
         return written("controlnet", f"small-{family}", small_controlnets.tensors(family))
 
 
-def written(kind: str, name: str, tensors: dict[str, torch.Tensor]) -> io.NodeOutput:
+def place(kind: str, name: str) -> Path:
     path = Path(folder_paths.models_dir) / kind / f"{name}.safetensors"
     path.parent.mkdir(exist_ok=True)
+    return path
+
+
+def written(kind: str, name: str, tensors: dict[str, torch.Tensor]) -> io.NodeOutput:
+    path = place(kind, name)
     save_file(tensors, path)
     return io.NodeOutput(ui=ui.PreviewText(path.name))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from svdquant_nodes.tests.host.small_graphs import Graph, model_file, node, saved, write_lora
-from svdquant_nodes.tests.tolerances import distance
+from svdquant_nodes.tests.tolerances import TOLERANCES, distance
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Case:
     pixels   side of a picture; PixArt's positions want more
     recipe   how it is quantized
     control  the kind of its ControlNet: a model beside it, a patch of it, or none in the host
+    others   files as others publish them, cases of publishers.py in dialects that our quantizer does not write
     """
 
     layout: str
@@ -33,18 +34,20 @@ class Case:
     pixels: int = 64
     recipe: str = "instant"
     control: str = ""
+    others: tuple[str, ...] = ()
 
 
 CASES = {
     "sdxl": Case("nunchaku_v1, SDXL", 2.0, control="net"),
-    "pixart-sigma": Case("natural", 3.0, pixels=320),
-    "qwen-image": Case("nunchaku_v2, Qwen-Image", 4.0, control="net"),
+    "pixart-sigma": Case("natural", 3.0, pixels=320, others=("pixart-sigma-lite",)),
+    "qwen-image": Case("nunchaku_v2, Qwen-Image", 4.0, control="net", others=("qwen-image-kitchen",)),
     "z-image": Case("nunchaku_v2, Z-Image", 2.5, control="patch"),
-    "chroma": Case("natural", 0.5, recipe="fast"),
-    "flux2": Case("natural", 4.0),
+    "chroma": Case("natural", 0.5, recipe="fast", others=("chroma-lite",)),
+    "flux2": Case("natural", 4.0, others=("flux2-lite",)),
     "wan": Case("natural", 2.0),
 }
 CONTROLLED = [family for family, case in CASES.items() if case.control]
+PUBLISHED = [family for family, case in CASES.items() if case.others]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def run(request, comfy):
     files = {str(seed): node("TestSmallModel", family=family, seed=seed) for seed in (0, 1)}
     if case.control == "net":
         files["net"] = node("TestSmallControlNet", family=family)
+    files |= {other: node("TestPublishedModel", case=other) for other in case.others}
     comfy.client.run(files)
     write_lora(comfy.base_dir / "models", family)
     report = quantize(comfy, family, case)
@@ -99,6 +103,9 @@ def drawings(family, case, file):
             graph.save(f"{bits} control", controlled(graph, case, model))
     ours = graph.add("SVDQuantApplyLora", model=quantized, lora_name=lora, strength=case.lora, more="0")
     graph.save("4 our lora", graph.sample(ours))
+    for other in case.others:
+        model = graph.add("SVDQuantLoadModel", model_name=f"published-{other}.safetensors")
+        graph.save(other, graph.sample(model))
     graph.save("another", graph.sample(graph.exact(seed=1)))
     return graph
 
@@ -140,6 +147,15 @@ def test_4_bit_draws_what_16_bit_draws(run):
         assert 0.1 * run.layers < error(ours, theirs) < 3 * run.layers < error(ours, another)
     first, second = run.latents["16"]
     assert error(first, second) > 0.5, "a batch of one picture twice"
+
+
+@pytest.mark.parametrize("run", PUBLISHED, indirect=True)
+def test_files_of_other_dialects_draw_what_16_bits_draw(run, request):
+    """Their linears are rounded to nearest, without branch and smoothing."""
+    layers = math.hypot(TOLERANCES["int4_weight"].norm, TOLERANCES["int4_layer"].norm)
+    for other in CASES[request.node.callspec.params["run"]].others:
+        found = [error(run.latents[other], run.latents[name]) for name in ("16", "another")]
+        assert 0.1 * layers < found[0] < 3 * layers < found[1]
 
 
 def test_a_lora_changes_4_bits_as_it_changes_16(run):
