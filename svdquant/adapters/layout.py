@@ -8,7 +8,7 @@ reading it back is taking views. The class that carries it is the host's own `co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..core import linear as core
 from ..core import reference
 from ..core.linear import Branch, Part
+from ..core.sharing import Reader
 from ..core.weights import LinearWeights, QuantSpec
 from ..kernels import ops
 
@@ -42,12 +43,13 @@ class Field:
 
 @dataclass(frozen=True)
 class Entry:
-    """One part: its spec, its place in the host layer, its fields."""
+    """One part: its spec, its place in the host layer, its fields, and with whom it shares its quantized input."""
 
     spec: QuantSpec
     row: int
     column: int
     fields: tuple[Field, ...]
+    reader: Reader | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,13 @@ def pack(parts: Sequence[Part], dtype: torch.dtype) -> QuantizedTensor:
     return QuantizedTensor(buffer, NAME, Params(dtype, shape, tuple(entries)))
 
 
+def with_readers(weight: QuantizedTensor, readers: Mapping[int, Reader]) -> QuantizedTensor:
+    """The same buffer, with parts (by number) that share their quantized input with others."""
+    params = weight._params
+    entries = tuple(replace(entry, reader=readers.get(i)) for i, entry in enumerate(params.entries))
+    return QuantizedTensor(weight._qdata, NAME, replace(params, entries=entries))
+
+
 def with_branches(weight: QuantizedTensor, branches: tuple[Branch, ...]) -> QuantizedTensor:
     """A layer's weight as a state dict shows it: the same buffer, and the LoRAs that the host would have merged.
 
@@ -107,7 +116,7 @@ def with_branches(weight: QuantizedTensor, branches: tuple[Branch, ...]) -> Quan
 def unpack(buffer: Tensor, params: Params) -> tuple[Part, ...]:
     """The parts as views of the buffer, on whatever device it is."""
     return tuple(
-        Part(LinearWeights(e.spec, **{f.name: _view(buffer, f) for f in e.fields}), e.row, e.column)
+        Part(LinearWeights(e.spec, **{f.name: _view(buffer, f) for f in e.fields}), e.row, e.column, e.reader)
         for e in params.entries
     )
 

@@ -24,6 +24,7 @@ from . import branches, layout
 from .conventions import straighten
 from .families import Family, Mapped, Role, apply_role, resolve
 from .family import assemble, take_share
+from .inputs import share_inputs
 from .operations import make_operations, quantized_linears
 
 log = logging.getLogger("svdquant-nodes")
@@ -107,6 +108,7 @@ def make_state_dict(
         advance()
     for host, source in mapped.plain.items():
         state_dict[host] = source.read(checkpoint.plain)
+    share_inputs(state_dict)
     return state_dict
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core import linear as core
 from ..core.linear import Branch
+from ..core.sharing import Slot
 from .layout import dense, parts_of, shift_compensation, unpack, with_branches
 from .residence import Residence
 
@@ -26,6 +27,7 @@ def make_operations(ops: ModuleType) -> type:
     class Operations(comfy.ops.manual_cast):
         class Linear(QuantizedLinear):
             op_set = ops
+            slot = Slot()
 
     return Operations
 
@@ -39,6 +41,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     """
 
     op_set: ModuleType
+    slot: Slot  # one a model
     wrappers: tuple = ()  # functions of the dense weight that another node added on purpose
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
@@ -115,9 +118,16 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         if self.wrappers or not isinstance(weight, QuantizedTensor):
             y = self._forward_dense(x, weight, bias, branches)
         else:
-            y = core.forward(x, parts_of(weight, bias), None, branches, self.op_set)
+            y = core.forward(x, parts_of(weight, bias), None, branches, self.op_set, self._slot())
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
+
+    def _slot(self) -> Slot | None:
+        """None where a hook may write into x between two layers that read it, of which nothing else would tell."""
+        if self._forward_pre_hooks or self._forward_hooks:
+            self.slot.forget()
+            return None
+        return self.slot
 
     def _forward_dense(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branch, ...]

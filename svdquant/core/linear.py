@@ -4,13 +4,15 @@
 devices, and lets the host's layer, the quantizer and the tests call the very same function.
 
 A host layer may be stored as several linears (`Part`), side by side in its rows or in its columns. A LoRA is more
-rank (`Branch`), possibly for some rows or columns only.
+rank (`Branch`), possibly for some rows or columns only. Parts that read the same input may share its quantization
+(sharing.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -18,16 +20,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .reference import rounded
+from .sharing import Quantized, Reader, Slot
 from .weights import LinearWeights
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A stored linear and where its output rows and input columns begin in the host's layer."""
+    """A stored linear and where its output rows and input columns begin in the host's layer.
+
+    reader   which of the linears that quantize their input alike it is; None where no other does
+    """
 
     weights: LinearWeights
     row: int = 0
     column: int = 0
+    reader: Reader | None = None
 
     @property
     def rows(self) -> slice:
@@ -90,35 +97,62 @@ def linear(
     x        [M, K]   fp32 | bf16 | fp16
     returns  [M, N]   `dtype`, rounded once
     """
-    spec = weights.spec
-    if spec.format == "awq":
+    if weights.spec.format == "awq":
         return ops.gemv_awq(x, weights, dtype=dtype)
+    return multiply(quantize(x, weights, ops), weights, ops, dtype=dtype)
+
+
+def quantize(x: Tensor, weights: LinearWeights, ops: ModuleType) -> Quantized:
+    """A linear's first half, which needs its smoothing, `down` and spec alone: codes, scales and hidden values of x."""
+    spec = weights.spec
     if spec.format == "int8":
-        quantized = ops.quantize_int8(x, weights.smooth, weights.down, spec.act_shift)
-        return ops.gemm_int8(*quantized, weights, dtype=dtype)
+        return ops.quantize_int8(x, weights.smooth, weights.down, spec.act_shift)
     if spec.format == "nvfp4":
-        quantized = ops.quantize_nvfp4(x, weights.smooth, weights.down)
-        return ops.gemm_nvfp4(*quantized, weights, dtype=dtype)
+        return ops.quantize_nvfp4(x, weights.smooth, weights.down)
     if spec.act_shift:
-        quantized = ops.quantize_int4_unsigned(x, weights.smooth, weights.down, spec.act_shift)
-    else:
-        quantized = ops.quantize_int4(x, weights.smooth, weights.down)
-    return ops.gemm_int4(*quantized, weights, dtype=dtype)
+        return ops.quantize_int4_unsigned(x, weights.smooth, weights.down, spec.act_shift)
+    return ops.quantize_int4(x, weights.smooth, weights.down)
 
 
-def join(x: Tensor, parts: Sequence[Part], ops: ModuleType, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def multiply(
+    quantized: Quantized, weights: LinearWeights, ops: ModuleType, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A linear's second half: the product of what `quantize` made, branch and bias, [M, N] `dtype`."""
+    gemm = {"int4": "gemm_int4", "nvfp4": "gemm_nvfp4", "int8": "gemm_int8"}[weights.spec.format]
+    return getattr(ops, gemm)(*quantized, weights, dtype=dtype)
+
+
+Recall = Callable[[Reader, Callable[[], Quantized]], Quantized]  # Slot.recall for one x
+
+
+def join(
+    x: Tensor,
+    parts: Sequence[Part],
+    ops: ModuleType,
+    *,
+    dtype: torch.dtype = torch.float32,
+    recall: Recall | None = None,
+) -> Tensor:
     """A layer made of parts: parts below each other are laid side by side, parts beside each other are summed.
 
     parts    either all below each other or all beside each other, in order and without gaps, as `assemble` makes them
+    recall   where parts that are readers get their quantized input from; None lets each make its own
     x        [M, K]   fp32 | bf16 | fp16
     returns  [M, N]   `dtype`, rounded once
     """
     summed = parts[-1].column > 0
     each = torch.float32 if summed else dtype
-    outputs = [linear(x[:, part.columns], part.weights, ops, dtype=each) for part in parts]
+    outputs = [_one(x[:, part.columns], part, ops, each, recall) for part in parts]
     if summed:
         return rounded(sum(outputs[1:], outputs[0]), dtype)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _one(x: Tensor, part: Part, ops: ModuleType, dtype: torch.dtype, recall: Recall | None) -> Tensor:
+    if recall is None or part.reader is None:
+        return linear(x, part.weights, ops, dtype=dtype)
+    quantized = recall(part.reader, partial(quantize, x, part.weights, ops))
+    return multiply(quantized, part.weights, ops, dtype=dtype)
 
 
 def with_bias(parts: Sequence[Part], bias: Tensor | None) -> Sequence[Part]:
@@ -133,7 +167,8 @@ def with_bias(parts: Sequence[Part], bias: Tensor | None) -> Sequence[Part]:
 def absorb(x: Tensor, parts: Sequence[Part], branches: Sequence[Branch]) -> tuple[list[Part], list[Branch]]:
     """Parts that have the branches as more rank of their own, and the branches that must be added beside them.
 
-    So a LoRA costs a kernel a few ranks, and its output is written once. Dense differences and Kronecker products have
+    So a LoRA costs a kernel a few ranks, and its output is written once. A part with rank of its own reads its input
+    alone, since its hidden values are others. Dense differences and Kronecker products have
     no rank to give, AWQ parts no place for it. The strength goes into `down`, so that `up` may stay in 16 bits. Where x
     has 16 bits, `down` is rounded to the dtype of the part's own, which tensor cores take; that costs at most what
     rounding the branch's share of the output does.
@@ -145,7 +180,7 @@ def absorb(x: Tensor, parts: Sequence[Part], branches: Sequence[Branch]) -> tupl
     if not fits or any(part.weights.down is None for part in parts):
         return list(parts), list(branches)
     size = parts[-1].rows.stop, x.shape[1]
-    wider = [replace(part, weights=_with_rank(x, part, fits, size)) for part in parts]
+    wider = [replace(part, weights=_with_rank(x, part, fits, size), reader=None) for part in parts]
     return wider, [b for b in branches if b.up is None or b.kron is not None]
 
 
@@ -197,18 +232,25 @@ def _through(branch: Branch, x: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, parts: Sequence[Part], bias: Tensor | None, branches: Sequence[Branch], ops: ModuleType
+    x: Tensor,
+    parts: Sequence[Part],
+    bias: Tensor | None,
+    branches: Sequence[Branch],
+    ops: ModuleType,
+    slot: Slot | None = None,
 ) -> Tensor:
     """A host layer's forward.
 
+    slot     what its parts share with those of other layers that are given the same x; None shares nothing
     x        [..., K]   fp32 | bf16 | fp16
     bias     [N]        any float or None      added once; the parts carry none of their own here
     returns  [..., N]   as x
     """
     flat = x.reshape(-1, x.shape[-1])
+    recall = None if slot is None else partial(slot.recall, x)
     parts, beside = absorb(flat, with_bias(parts, bias), branches)
     if beside:
-        y = rounded(add_branches(join(flat, parts, ops), flat, beside), x.dtype)
+        y = rounded(add_branches(join(flat, parts, ops, recall=recall), flat, beside), x.dtype)
     else:
-        y = join(flat, parts, ops, dtype=x.dtype)
+        y = join(flat, parts, ops, dtype=x.dtype, recall=recall)
     return y.reshape(*x.shape[:-1], y.shape[-1])
