@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
@@ -49,7 +49,7 @@ class Entry:
     row: int
     column: int
     fields: tuple[Field, ...]
-    reader: Reader | None = None
+    reader: Reader | None = field(default=None, compare=False)  # or each layer would be compiled anew
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def pack(parts: Sequence[Part], dtype: torch.dtype) -> QuantizedTensor:
         entries.append(Entry(part.weights.spec, part.row, part.column, tuple(fields)))
     buffer = torch.empty(offset, dtype=torch.uint8)  # the gaps between fields are never read
     for part, entry in zip(parts, entries, strict=True):
-        for field, tensor in zip(entry.fields, part.weights.tensors().values(), strict=True):
-            _view(buffer, field).copy_(tensor)
+        for place, tensor in zip(entry.fields, part.weights.tensors().values(), strict=True):
+            _view(buffer, place).copy_(tensor)
     shape = (max(p.rows.stop for p in parts), max(p.columns.stop for p in parts))
     return QuantizedTensor(buffer, NAME, Params(dtype, shape, tuple(entries)))
 

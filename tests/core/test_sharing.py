@@ -1,4 +1,4 @@
-"""One quantization for linears that read the same input: the same bits as without, fresh codes wherever x may differ."""
+"""One quantization for linears that read the same input: the same bits as without, and never those of another x."""
 
 from __future__ import annotations
 

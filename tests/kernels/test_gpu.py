@@ -13,6 +13,7 @@ import torch
 
 from svdquant_nodes.svdquant.core import linear, reference
 from svdquant_nodes.svdquant.core.linear import Branch, Part
+from svdquant_nodes.svdquant.core.sharing import Input, Reader, Slot
 from svdquant_nodes.svdquant.kernels import ops, select, selftest
 from svdquant_nodes.tests import layers
 from svdquant_nodes.tests.kernels import test_ops
@@ -128,6 +129,24 @@ def test_inside_a_cuda_graph(name):
     x.copy_(other)
     graph.replay()
     assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("name", [name for name in layers.COMPUTED if name != "awq"])
+def test_a_graph_neither_finds_nor_leaves_a_shared_input(name):
+    """Replayed, it must read what is in x then; and what a capture computes is not there until it is replayed."""
+    shared, slot = Input("qkv", 3), Slot()
+    parts = [dataclasses.replace(on_gpu(layer(name)[0]), reader=Reader(shared, i)) for i in range(3)]
+    x, other = tokens(name, 40).cuda(), tokens(name, 40, seed=8).cuda()
+    want, later = ([linear.forward(t, [p], None, (), ops) for p in parts] for t in (x, other))
+    first = linear.forward(x, parts[:1], None, (), ops, slot)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [linear.forward(x, [part], None, (), ops, slot) for part in parts]
+    rest = [linear.forward(x, [part], None, (), ops, slot) for part in parts[1:]]
+    x.copy_(other)
+    graph.replay()
+    for got, expected in zip((first, *rest, *captured), (*want, *later), strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("name", layers.COMPUTED)
