@@ -27,7 +27,7 @@ from . import bypass, joining
 from .budget import count_branches
 from .joining import Joined
 from .operations import quantized_linears
-from .patcher import refuse_saving, shadow
+from .patcher import shadow
 from .patches import Patch
 
 KEY = "svdquant"
@@ -37,7 +37,7 @@ log = logging.getLogger("svdquant-nodes")
 def attach(patcher) -> None:
     """Keep the branches of a freshly loaded patcher, and of all its clones, in step with its patches."""
     for event, callback in (
-        (CallbacksMP.ON_LOAD, _on_load),
+        (CallbacksMP.ON_LOAD, lambda patcher, *_: set_branches(patcher)),
         (CallbacksMP.ON_APPLY_HOOKS, lambda patcher, hooks: set_branches(patcher, hooks)),
         (CallbacksMP.ON_PREPARE_STATE, lambda patcher, *_: _drop_stale_hooks(patcher)),
         (CallbacksMP.ON_CLEANUP, lambda patcher: set_branches(patcher) if patcher.hook_patches else None),
@@ -49,12 +49,6 @@ def attach(patcher) -> None:
     ):
         patcher.add_callback_with_key(event, KEY, callback)
     _accompany(patcher)
-
-
-def _on_load(patcher, device, memory, merge: bool, full: bool) -> None:
-    if merge and patcher.is_clip:  # how older hosts begin to save a text encoder; newer ones ask first
-        refuse_saving()
-    set_branches(patcher)
 
 
 def _accompany(patcher) -> None:

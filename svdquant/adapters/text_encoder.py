@@ -32,6 +32,7 @@ from .families import t5
 from .family import Mapped
 from .load import Source, check_complete, family_of, make_state_dict
 from .operations import make_operations, quantized_linears
+from .patcher import refuse_saving
 
 log = logging.getLogger("svdquant-nodes")
 
@@ -162,6 +163,7 @@ def _load(
         ) from error
     _check_encoder(checkpoint, clip, given, request.kind)
     branches.attach(clip.patcher)
+    clip.tokenizer.state_dict = refuse_saving  # clones share it, and only savers ask for it
     clip.patcher.cached_patcher_init = (load_patcher, (request, ops))
     clip.patcher.set_attachments(branches.KEY, Source(checkpoint.path, checkpoint.dialect, family.name))
     return clip

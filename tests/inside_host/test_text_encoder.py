@@ -14,7 +14,7 @@ import comfy.text_encoders.t5
 import folder_paths
 import pytest
 import torch
-from comfy_extras.nodes_model_merging import CLIPSave
+from comfy_extras.nodes_model_merging import CLIPSave, save_checkpoint
 from safetensors.torch import load_file
 
 from svdquant_nodes.loaders.source import open_source
@@ -25,7 +25,7 @@ from svdquant_nodes.svdquant.quantizer import text_encoder
 from svdquant_nodes.tests.inside_host import encoders
 from svdquant_nodes.tests.inside_host.encoders import encode
 from svdquant_nodes.tests.inside_host.test_memory import load_part_of
-from svdquant_nodes.tests.inside_host.twins import DEMO_INT4, error
+from svdquant_nodes.tests.inside_host.twins import DEMO_BF16, DEMO_INT4, error
 from svdquant_nodes.tests.loaders import made
 from svdquant_nodes.tests.tolerances import assert_close
 
@@ -214,11 +214,26 @@ def test_ordinary_files_go_to_the_hosts_loader(sixteen_bits):
         load_clip(Request((sixteen_bits,), "pixart"))
 
 
-def test_saving_is_refused(clip, tmp_path):
+SAVES = {
+    "encoder": lambda clip: CLIPSave().save(clip, "encoder"),
+    "checkpoint": lambda clip: save_checkpoint(
+        comfy.sd.load_diffusion_model(str(DEMO_BF16)),
+        clip=clip,
+        filename_prefix="all",
+        output_dir=folder_paths.get_output_directory(),
+    ),
+}
+
+
+@pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
+@pytest.mark.parametrize("which", ["fresh", "used", "clone"])
+def test_saving_is_refused(clip, tmp_path, which, save):
     folder_paths.set_output_directory(str(tmp_path))
+    before = None if which == "fresh" else encode(clip)
     with pytest.raises(ValueError, match="cannot be saved by ComfyUI's save nodes"):
-        CLIPSave().save(clip, "encoder")
+        save(clip.clone() if which == "clone" else clip)
     assert list(tmp_path.iterdir()) == []
+    assert before is None or torch.equal(encode(clip), before)
 
 
 def without(encoder, *names):
