@@ -31,8 +31,8 @@ struct Floats {
   int64_t stride = 0;
 };
 
-// Where a product writes: fp32, bf16 or fp16, rounded once from fp32; fp16 saturates at 65504. Rows `stride` elements
-// apart.
+// Where a product writes: fp32, bf16 or fp16, rounded once from fp32; fp16 saturates at 65504. Rows are `stride` elements
+// apart, of any alignment: between them may lie what other products of the same layer write.
 struct Output {
   void* data = nullptr;
   DType dtype = DType::kF32;
@@ -76,6 +76,7 @@ struct Gemm {
   Floats second_scale;          // [1] with stride 0, or [N]; kE2M1 only
   Floats up;                    // [N, R]
   Floats bias;                  // [N] or no data
+  Floats addend;                // [M, N] fp32 or no data: added last, before the rounding
   Output out;                   // [M, N]
 };
 
@@ -89,6 +90,7 @@ struct GemmInt8 {
   const float* weight_scales;  // [N]
   Floats up;                   // [N, R]
   Floats bias;                 // [N] or no data
+  Floats addend;               // [M, N] fp32 or no data: added last, before the rounding
   Output out;                  // [M, N]
 };
 
@@ -100,6 +102,7 @@ struct Gemv {
   Floats weight_scales;         // [N, K/group]
   Floats zeros;                 // [N, K/group]
   Floats bias;                  // [N] or no data
+  Floats addend;                // [M, N] fp32 or no data: added last, before the rounding
   Output out;                   // [M, N]
 };
 

@@ -1,5 +1,6 @@
-// The ops as torch sees them: check, allocate, fill in launch.h's structs, launch. The only file that includes torch,
-// and only its light headers: this one file is most of a build's time.
+// The ops as torch sees them: check, fill in launch.h's structs, launch. The only file that includes torch, and only its
+// light headers: this one file is most of a build's time. Quantizers allocate what they return; a product writes into
+// `out`, which may be some columns of a wider matrix.
 //
 // Schemas and fake kernels are in svdquant/kernels/ops.py. This file is compiled once for each library, with
 // SVDQUANT_DEVICE naming the dispatch key: CPU, linked with csrc/cpu/, or CUDA, linked with the .cu files, and then
@@ -171,17 +172,32 @@ void check_packed(const Tensor& t) {
                     t.scalar_type(), " ", t.sizes());
 }
 
-Tensor empty_output(int64_t m, int64_t n, at::ScalarType dtype, const Tensor& like) {
-  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
-                    "dtype: expected an output of fp32, bf16 or fp16, got ", dtype);
-  return at::empty({m, n}, like.options().dtype(dtype));
+void check_type(const Tensor& t, const char* name, at::ScalarType expected) {
+  TORCH_CHECK_VALUE(t.scalar_type() == expected, name, ": expected ", expected, ", got ", t.scalar_type());
 }
 
-Output output(const Tensor& out) { return {out.mutable_data_ptr(), dtype_of(out, "out"), out.stride(0)}; }
+// Rows may lie apart, but neither the numbers in a row nor the rows over each other.
+Output output(const Tensor& out, int64_t m, int64_t n) {
+  const at::ScalarType dtype = out.scalar_type();
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                    "out: expected fp32, bf16 or fp16, got ", dtype);
+  check_shape(out, "out", {m, n});
+  TORCH_CHECK_VALUE((n <= 1 || out.stride(1) == 1) && (m <= 1 || out.stride(0) >= n),
+                    "out: expected rows of neighbouring numbers, none over another, got strides ", out.strides());
+  return {out.mutable_data_ptr(), dtype_of(out, "out"), out.stride(0)};
+}
 
-Tensor gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
-               const Tensor& weight_scales, const std::optional<Tensor>& second_scale, const Tensor& up,
-               const std::optional<Tensor>& bias, at::ScalarType dtype, const std::string& spelling) {
+Floats addend_of(const std::optional<Tensor>& addend, int64_t m, int64_t n, Tensor& kept) {
+  if (!addend) return {};
+  check_type(*addend, "addend", at::kFloat);
+  check_shape(*addend, "addend", {m, n});
+  return matrix(*addend, "addend", kept);
+}
+
+void gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
+             const Tensor& weight_scales, const std::optional<Tensor>& second_scale, const Tensor& up,
+             const std::optional<Tensor>& bias, const std::optional<Tensor>& addend, const Tensor& out,
+             const std::string& spelling) {
   check_packed(weight_codes);
   check_device(codes, {{"scales", &scales},
                        {"hidden", &hidden},
@@ -189,23 +205,26 @@ Tensor gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tens
                        {"weight_scales", &weight_scales},
                        {"second_scale", if_any(second_scale, codes)},
                        {"up", &up},
-                       {"bias", if_any(bias, codes)}});
+                       {"bias", if_any(bias, codes)},
+                       {"addend", if_any(addend, codes)},
+                       {"out", &out}});
   const OnDevice here(codes);
   const int64_t m = codes.size(0), n = weight_codes.size(0), k = weight_codes.size(1) * 2, group = group_size(kind);
   const int64_t r = up.size(-1);
   check_columns(k);
   TORCH_CHECK_VALUE(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kByte,
                     "codes: expected int8 or uint8, got ", codes.scalar_type());
-  TORCH_CHECK_VALUE(hidden.scalar_type() == at::kFloat, "hidden: expected fp32, got ", hidden.scalar_type());
+  check_type(hidden, "hidden", at::kFloat);
   check_shape(codes, "codes", {m, k});
   check_shape(scales, "scales", {m, k / group});
   check_shape(hidden, "hidden", {m, r});
   check_shape(weight_scales, "weight_scales", {n, k / group});
   check_shape(up, "up", {n, r});
   if (bias) check_shape(*bias, "bias", {n});
-  Tensor out = empty_output(m, n, dtype, hidden);
-  if (m == 0 || n == 0) return out;
-  Tensor kept[5];
+  Tensor kept[6];
+  const Output to = output(out, m, n);
+  const Floats added = addend_of(addend, m, n, kept[5]);
+  if (m == 0 || n == 0) return;
   const Tensor own_codes = codes.contiguous(), own_hidden = hidden.contiguous(), own_weight = weight_codes.contiguous();
   Gemm args = {kind,
                m,
@@ -220,7 +239,8 @@ Tensor gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tens
                {},
                matrix(up, "up", kept[2]),
                {},
-               output(out)};
+               added,
+               to};
   if (bias) args.bias = vector(*bias, "bias", kept[3]);
   if (second_scale) {
     TORCH_CHECK_VALUE(second_scale->numel() == 1 || second_scale->numel() == n, "second_scale: expected 1 or ", n,
@@ -230,30 +250,26 @@ Tensor gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tens
   }
   Scratch scratch = {hidden.options(), {}};
   check_launch(gemm(args, launch(spelling, scratch)), spelling);
-  return out;
 }
 
-Tensor gemm_int4(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
-                 const Tensor& weight_scales, const Tensor& up, const std::optional<Tensor>& bias,
-                 at::ScalarType dtype, std::string spelling) {
+void gemm_int4(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
+               const Tensor& weight_scales, const Tensor& up, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& addend, const Tensor& out, std::string spelling) {
   const Codes kind = codes.scalar_type() == at::kByte ? Codes::kUint4 : Codes::kInt4;
-  return gemm_as(kind, codes, scales, hidden, weight_codes, weight_scales, {}, up, bias, dtype, spelling);
+  gemm_as(kind, codes, scales, hidden, weight_codes, weight_scales, {}, up, bias, addend, out, spelling);
 }
 
-Tensor gemm_nvfp4(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
-                  const Tensor& weight_scales, const Tensor& second_scale, const Tensor& up,
-                  const std::optional<Tensor>& bias, at::ScalarType dtype, std::string spelling) {
-  return gemm_as(Codes::kE2M1, codes, scales, hidden, weight_codes, weight_scales, second_scale, up, bias, dtype,
-                 spelling);
+void gemm_nvfp4(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
+                const Tensor& weight_scales, const Tensor& second_scale, const Tensor& up,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& addend, const Tensor& out,
+                std::string spelling) {
+  gemm_as(Codes::kE2M1, codes, scales, hidden, weight_codes, weight_scales, second_scale, up, bias, addend, out,
+          spelling);
 }
 
-void check_type(const Tensor& t, const char* name, at::ScalarType expected) {
-  TORCH_CHECK_VALUE(t.scalar_type() == expected, name, ": expected ", expected, ", got ", t.scalar_type());
-}
-
-Tensor gemm_int8_op(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
-                    const Tensor& weight_scales, const Tensor& up, const std::optional<Tensor>& bias,
-                    at::ScalarType dtype, std::string spelling) {
+void gemm_int8_op(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
+                  const Tensor& weight_scales, const Tensor& up, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& addend, const Tensor& out, std::string spelling) {
   check_type(codes, "codes", at::kChar);
   check_type(weight_codes, "weight_codes", at::kChar);
   for (const auto& [name, t] : {std::pair{"scales", &scales}, {"hidden", &hidden}, {"weight_scales", &weight_scales}}) {
@@ -265,7 +281,9 @@ Tensor gemm_int8_op(const Tensor& codes, const Tensor& scales, const Tensor& hid
                        {"weight_codes", &weight_codes},
                        {"weight_scales", &weight_scales},
                        {"up", &up},
-                       {"bias", if_any(bias, codes)}});
+                       {"bias", if_any(bias, codes)},
+                       {"addend", if_any(addend, codes)},
+                       {"out", &out}});
   const OnDevice here(codes);
   const int64_t m = codes.size(0), n = weight_codes.size(0), k = weight_codes.size(1), r = up.size(-1);
   check_columns(k);
@@ -275,9 +293,10 @@ Tensor gemm_int8_op(const Tensor& codes, const Tensor& scales, const Tensor& hid
   check_shape(weight_scales, "weight_scales", {n, 1});
   check_shape(up, "up", {n, r});
   if (bias) check_shape(*bias, "bias", {n});
-  Tensor out = empty_output(m, n, dtype, hidden);
-  if (m == 0 || n == 0) return out;
-  Tensor kept[2];
+  Tensor kept[3];
+  const Output to = output(out, m, n);
+  const Floats added = addend_of(addend, m, n, kept[2]);
+  if (m == 0 || n == 0) return;
   const Tensor own[] = {codes.contiguous(), scales.contiguous(), hidden.contiguous(), weight_codes.contiguous(),
                         weight_scales.contiguous()};
   GemmInt8 args = {m,
@@ -291,20 +310,23 @@ Tensor gemm_int8_op(const Tensor& codes, const Tensor& scales, const Tensor& hid
                    own[4].const_data_ptr<float>(),
                    matrix(up, "up", kept[0]),
                    {},
-                   output(out)};
+                   added,
+                   to};
   if (bias) args.bias = vector(*bias, "bias", kept[1]);
   check_launch(gemm_int8(args, launch(spelling)), spelling);
-  return out;
 }
 
-Tensor gemv_awq_op(const Tensor& x, const Tensor& weight_codes, const Tensor& weight_scales, const Tensor& zeros,
-                   const std::optional<Tensor>& bias, at::ScalarType dtype, std::string spelling) {
+void gemv_awq_op(const Tensor& x, const Tensor& weight_codes, const Tensor& weight_scales, const Tensor& zeros,
+                 const std::optional<Tensor>& bias, const std::optional<Tensor>& addend, const Tensor& out,
+                 std::string spelling) {
   check_packed(weight_codes);
   TORCH_CHECK_VALUE(x.dim() == 2, "x: expected [M, K], got ", x.sizes());
   check_device(x, {{"weight_codes", &weight_codes},
                    {"weight_scales", &weight_scales},
                    {"zeros", &zeros},
-                   {"bias", if_any(bias, x)}});
+                   {"bias", if_any(bias, x)},
+                   {"addend", if_any(addend, x)},
+                   {"out", &out}});
   const OnDevice here(x);
   const int64_t m = x.size(0), n = weight_codes.size(0), k = weight_codes.size(1) * 2;
   const int64_t groups = weight_scales.size(-1), group = groups ? k / groups : 0;
@@ -314,9 +336,10 @@ Tensor gemv_awq_op(const Tensor& x, const Tensor& weight_codes, const Tensor& we
   check_shape(weight_scales, "weight_scales", {n, groups});
   check_shape(zeros, "zeros", {n, groups});
   if (bias) check_shape(*bias, "bias", {n});
-  Tensor out = empty_output(m, n, dtype, x);
-  if (m == 0 || n == 0) return out;
-  Tensor kept[4];
+  Tensor kept[5];
+  const Output to = output(out, m, n);
+  const Floats added = addend_of(addend, m, n, kept[4]);
+  if (m == 0 || n == 0) return;
   const Tensor own_weight = weight_codes.contiguous();
   Gemv args = {m,
                n,
@@ -327,10 +350,10 @@ Tensor gemv_awq_op(const Tensor& x, const Tensor& weight_codes, const Tensor& we
                matrix(weight_scales, "weight_scales", kept[1]),
                matrix(zeros, "zeros", kept[2]),
                {},
-               output(out)};
+               added,
+               to};
   if (bias) args.bias = vector(*bias, "bias", kept[3]);
   check_launch(gemv_awq(args, launch(spelling)), spelling);
-  return out;
 }
 
 std::string spellings_op(const Tensor& device) {

@@ -82,8 +82,12 @@ static inline void store(void* data, DType dtype, int64_t i, float v) {
   }
 }
 
-// As `store`, but fp16 saturates: a model that runs in fp16 survives 65504, not infinity.
-static inline void store_output(const Output& out, int64_t row, int64_t column, float v) {
+// A finished sum, and the addend where there is one. fp16 saturates: a model that runs in fp16 survives 65504, not
+// infinity.
+template <class Args>
+static inline void store_output(const Args& args, int64_t row, int64_t column, float v) {
+  const Output& out = args.out;
+  if (args.addend.data) v += static_cast<const float*>(args.addend.data)[row * args.addend.stride + column];
   if (out.dtype == DType::kF16) v = v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v;
   store(out.data, out.dtype, row * out.stride + column, v);
 }

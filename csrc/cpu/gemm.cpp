@@ -165,7 +165,7 @@ void run_token(const Gemm& g, const Shape& shape, const Spelling& s, const CodeT
     }
     s.project(hidden + 0, 1, up + 0, rank, 4, sums);
     s.dot4(g.weight_codes + row * g.k / 2, g.k / 2, scales + 0, table, acts.tile(shape, 0, 1), sums);
-    for (int64_t i = 0; i < 4; ++i) store_output(g.out, 0, row + i, sums[i] + bias_of(g.bias, row + i));
+    for (int64_t i = 0; i < 4; ++i) store_output(g, 0, row + i, sums[i] + bias_of(g.bias, row + i));
   }
 }
 

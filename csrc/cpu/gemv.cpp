@@ -30,7 +30,7 @@ const char* gemv_awq(const Gemv& args, const Launch& launch) {
         float y[kTokens];
         s->dot_awq(args.weight_codes + n * args.k / 2, blocks, args.group / kBlock, scales + 0, zeros + 0,
                    ordered + m * args.k, sums + m * blocks * kAwqSums, rows, y);
-        for (int64_t i = 0; i < rows; ++i) store_output(args.out, m + i, n, y[i] + bias);
+        for (int64_t i = 0; i < rows; ++i) store_output(args, m + i, n, y[i] + bias);
       }
     }
   });

@@ -32,7 +32,7 @@ class Columns {
 };
 
 // Panels begin..end for the tokens first .. first + rows. A panel is summed where it belongs, or in a buffer if it is
-// narrower than 16 or of 16 bits.
+// narrower than 16, of 16 bits, or has an addend, which comes last.
 template <class Args, class Panel, class Activations>
 void run_strip(const Args& g, const Panel& panel, const Activations& acts, int64_t first, int64_t begin, int64_t end) {
   const int64_t rows = g.m - first < kStrip ? g.m - first : kStrip;
@@ -40,13 +40,13 @@ void run_strip(const Args& g, const Panel& panel, const Activations& acts, int64
   for (int64_t row = begin * kPanel; row < end * kPanel; row += kPanel) {
     panel.load(row);
     const int64_t columns = g.n - row < kPanel ? g.n - row : kPanel;
-    if (g.out.dtype == DType::kF32 && columns == kPanel) {
+    if (g.out.dtype == DType::kF32 && columns == kPanel && !g.addend.data) {
       panel.run(acts, first, rows, static_cast<float*>(g.out.data) + first * g.out.stride + row, g.out.stride);
       continue;
     }
     panel.run(acts, first, rows, sums + 0, kPanel);
     for (int64_t m = 0; m < rows; ++m) {
-      for (int64_t i = 0; i < columns; ++i) store_output(g.out, first + m, row + i, sums[m * kPanel + i]);
+      for (int64_t i = 0; i < columns; ++i) store_output(g, first + m, row + i, sums[m * kPanel + i]);
     }
   }
 }

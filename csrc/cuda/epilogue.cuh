@@ -1,5 +1,5 @@
-// What follows the sums: the low-rank branch, the bias, and the one rounding to the output's type. Args is Gemm or
-// GemmInt8, which name alike what this needs of them.
+// What follows the sums: the low-rank branch, the bias, the addend, and the one rounding to the output's type. Args is
+// Gemm or GemmInt8, which name alike what this needs of them.
 //
 // The branch's hidden values are fp32, tensor cores take 16 bits: each number v is split into two, high = round(v) and
 // low = round(v - high), and the products of high with high, low with high and, where `up` has more bits than one half
@@ -119,7 +119,15 @@ __device__ __forceinline__ void store_pair(const Output& out, int64_t row, int64
   if (pair) store_output(out, row, column + 1, b);
 }
 
-// out = sums + bias.
+// Two neighbours of a row of the addend, of which the second may not exist.
+__device__ __forceinline__ float2 load_addend(const Floats& addend, int64_t row, int64_t column, int64_t n) {
+  const float* from = static_cast<const float*>(addend.data) + row * addend.stride + column;
+  const bool pair = column + 1 < n;
+  if (pair && is_aligned(from, 8)) return ld_global(reinterpret_cast<const float2*>(from));
+  return {ld_global(from), pair ? ld_global(from + 1) : 0.0f};
+}
+
+// out = sums + bias + addend.
 template <class T, class Args>
 __device__ __forceinline__ void store_sums(const Args& p, const Place<T>& place, const Sums<T>& sums) {
   const Floats& bias = p.bias;
@@ -135,8 +143,14 @@ __device__ __forceinline__ void store_sums(const Args& p, const Place<T>& place,
 #pragma unroll
     for (int i = 0; i < T::kMs * 2; ++i) {
       const int64_t row = place.row0 + place.warp_row + 8 * i + place.g;
+      if (row >= p.m) continue;
       const float* pair = &sums[i / 2][j][i % 2 * 2];
-      if (row < p.m) store_pair(p.out, row, column, p.n, add(pair[0], b[0]), add(pair[1], b[1]));
+      float2 v = {add(pair[0], b[0]), add(pair[1], b[1])};
+      if (p.addend.data) {
+        const float2 more = load_addend(p.addend, row, column, p.n);
+        v = {add(v.x, more.x), add(v.y, more.y)};
+      }
+      store_pair(p.out, row, column, p.n, v.x, v.y);
     }
   }
 }

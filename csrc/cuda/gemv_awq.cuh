@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) gemv_awq_kernel(Gemv p) {
       const int64_t row = row0 + r, token = token0 + m;
       if (lane != 0 || row >= p.n || token >= p.m) continue;
       if (p.bias.data) sum = add(sum, load_one(p.bias.data, p.bias.dtype, row));
+      if (p.addend.data) sum = add(sum, load_one(p.addend.data, DType::kF32, token * p.addend.stride + row));
       store_output(p.out, token, row, sum);
     }
   }

@@ -1,4 +1,5 @@
-// What follows the sums on Hopper: scales, bias, the low-rank branch, and the one rounding to the output's type.
+// What follows the sums on Hopper: scales, bias, the low-rank branch, the addend, and the one rounding to the output's
+// type.
 //
 // Three warps bring what a tile's columns need while the tile is being multiplied: weight scales and bias as fp32, and
 // 32 ranks at a time of `up` as bf16. The branch is computed on the registers that hold the sums, by the same split of
@@ -20,6 +21,7 @@ struct Finish {
   const float* hidden;         // [M, R]   contiguous
   Floats up;                   // [N, R]
   Floats bias;                 // [N] or no data
+  Floats addend;               // [M, N] fp32 or no data
   Output out;                  // [M, N]
 };
 
@@ -169,6 +171,7 @@ struct FinishTile {
       parity ^= 1;
       if (turn + 1 < sides.turns && !sides.is_low(turn + 1)) hidden = load_hidden(sides.rank(turn + 1));
     }
+    if (p.addend.data) add_addend(sums);
     store(sums);
   }
 
@@ -212,6 +215,21 @@ struct FinishTile {
   __device__ __forceinline__ void release() const {
     warp_barrier();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(memory.side_empty);
+  }
+
+  // Four lanes read 32 bytes of a row, a sector.
+  __device__ __forceinline__ void add_addend(float (&sums)[T::kSums]) const {
+#pragma unroll
+    for (int j = 0; j < T::kN / 8; ++j) {
+      const int column = column0 + 8 * j + 2 * t;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (row(i) >= p.m || column >= p.n) continue;
+        const float2 more = load_addend(p.addend, row(i), column, p.n);
+        float* pair = sums + 4 * j + 2 * i;
+        pair[0] = add(pair[0], more.x), pair[1] = add(pair[1], more.y);
+      }
+    }
   }
 
   __device__ __forceinline__ void store(const float (&sums)[T::kSums]) const {

@@ -144,7 +144,7 @@ const char* gemm_int4_hopper(const Gemm& args, const Launch& launch) {
   if (p.grid.tiles() < sms) p.grid.blocks = p.grid.tiles();
   p.steps = static_cast<int>(ceil_div(args.k, kStepBytes));
   p.finish = {static_cast<int>(args.m), static_cast<int>(args.n), static_cast<int>(args.r), nullptr, nullptr,
-              args.hidden, args.up, args.bias, args.out};
+              args.hidden, args.up, args.bias, args.addend, args.out};
   const char* problem = run_expand(expanded.acts, sms, launch);
   if (!problem) problem = run_expand(expanded.weights, sms, launch);
   if (!problem) problem = encode_expanded(expanded.acts, p.codes, p.scales);

@@ -71,7 +71,7 @@ const char* run_w8a8(const GemmInt8& args, int sms, const Launch& launch) {
   if (p.grid.tiles() < sms) p.grid.blocks = static_cast<int>(p.grid.tiles());
   p.steps = static_cast<int>(ceil_div(args.k, kStepBytes));
   p.finish = {static_cast<int>(args.m), static_cast<int>(args.n), static_cast<int>(args.r), args.scales,
-              args.weight_scales, args.hidden, args.up, args.bias, args.out};
+              args.weight_scales, args.hidden, args.up, args.bias, args.addend, args.out};
   const char* problem = encode_map({args.codes, args.m, args.k, args.k, kTileRows, kStepBytes, 1}, p.codes);
   if (!problem) problem = encode_map({args.weight_codes, args.n, args.k, args.k, T::kN, kStepBytes, 1}, p.weights);
   if (problem) return problem;

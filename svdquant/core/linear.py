@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,16 +91,24 @@ class Branch:
 
 
 def linear(
-    x: Tensor, weights: LinearWeights, ops: ModuleType, *, dtype: torch.dtype = torch.float32
+    x: Tensor,
+    weights: LinearWeights,
+    ops: ModuleType,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """One stored linear: quantize the activations, multiply, add branch and bias.
 
     x        [M, K]   fp32 | bf16 | fp16
+    out      [M, N]   `dtype` or None      written into and returned; its rows may lie apart
+    addend   [M, N]   fp32 or None         added last
     returns  [M, N]   `dtype`, rounded once
     """
     if weights.spec.format == "awq":
-        return ops.gemv_awq(x, weights, dtype=dtype)
-    return multiply(quantize(x, weights, ops), weights, ops, dtype=dtype)
+        return ops.gemv_awq(x, weights, dtype=dtype, out=out, addend=addend)
+    return multiply(quantize(x, weights, ops), weights, ops, dtype=dtype, out=out, addend=addend)
 
 
 def quantize(x: Tensor, weights: LinearWeights, ops: ModuleType) -> Quantized:
@@ -114,12 +123,10 @@ def quantize(x: Tensor, weights: LinearWeights, ops: ModuleType) -> Quantized:
     return ops.quantize_int4(x, weights.smooth, weights.down)
 
 
-def multiply(
-    quantized: Quantized, weights: LinearWeights, ops: ModuleType, *, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """A linear's second half: the product of what `quantize` made, branch and bias, [M, N] `dtype`."""
+def multiply(quantized: Quantized, weights: LinearWeights, ops: ModuleType, **to: Any) -> Tensor:
+    """A linear's second half: the product of what `quantize` made, branch and bias; `to` as in `linear`."""
     gemm = {"int4": "gemm_int4", "nvfp4": "gemm_nvfp4", "int8": "gemm_int8"}[weights.spec.format]
-    return getattr(ops, gemm)(*quantized, weights, dtype=dtype)
+    return getattr(ops, gemm)(*quantized, weights, **to)
 
 
 Recall = Callable[[Reader, Callable[[], Quantized]], Quantized]  # Slot.recall for one x
@@ -133,26 +140,39 @@ def join(
     dtype: torch.dtype = torch.float32,
     recall: Recall | None = None,
 ) -> Tensor:
-    """A layer made of parts: parts below each other are laid side by side, parts beside each other are summed.
+    """A layer made of parts, each of which ends its own work: parts below each other write into their columns of the
+    output, and of parts beside each other each adds the sum of those before it, in fp32.
 
     parts    either all below each other or all beside each other, in order and without gaps, as `assemble` makes them
     recall   where parts that are readers get their quantized input from; None lets each make its own
     x        [M, K]   fp32 | bf16 | fp16
     returns  [M, N]   `dtype`, rounded once
     """
-    summed = parts[-1].column > 0
-    each = torch.float32 if summed else dtype
-    outputs = [_one(x[:, part.columns], part, ops, each, recall) for part in parts]
-    if summed:
-        return rounded(sum(outputs[1:], outputs[0]), dtype)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    if len(parts) == 1:
+        return _one(x, parts[0], ops, recall, dtype=dtype)
+    if parts[-1].column:
+        return _summed(x, parts, ops, recall, dtype)
+    y = x.new_empty(x.shape[0], parts[-1].rows.stop, dtype=dtype)
+    for part in parts:
+        _one(x, part, ops, recall, dtype=dtype, out=y[:, part.rows])
+    return y
 
 
-def _one(x: Tensor, part: Part, ops: ModuleType, dtype: torch.dtype, recall: Recall | None) -> Tensor:
+def _summed(
+    x: Tensor, parts: Sequence[Part], ops: ModuleType, recall: Recall | None, dtype: torch.dtype
+) -> Tensor:
+    y = None
+    for part in parts:
+        to = dtype if part is parts[-1] else torch.float32
+        y = _one(x[:, part.columns], part, ops, recall, dtype=to, addend=y)
+    return y
+
+
+def _one(x: Tensor, part: Part, ops: ModuleType, recall: Recall | None, **to: Any) -> Tensor:
     if recall is None or part.reader is None:
-        return linear(x, part.weights, ops, dtype=dtype)
+        return linear(x, part.weights, ops, **to)
     quantized = recall(part.reader, partial(quantize, x, part.weights, ops))
-    return multiply(quantized, part.weights, ops, dtype=dtype)
+    return multiply(quantized, part.weights, ops, **to)
 
 
 def with_bias(parts: Sequence[Part], bias: Tensor | None) -> Sequence[Part]:

@@ -3,6 +3,9 @@
 Quantizers turn activations into codes and scales and compute the branch's hidden values in the same pass, because a
 kernel reads x once. GEMMs take those and return the finished output. Everything accumulates in fp32.
 
+Every product takes two tensors more, for layers made of parts. `out` [M, N] of `dtype` is written into and returned
+instead of a new one; its rows may lie apart. `addend` [M, N] fp32 is added last, before the one rounding.
+
 Group products are integers below 2^13 (int4) or multiples of 1/4 (e2m1): scaling both operands first and multiplying
 once is the same sum, exact in fp32 up to the rounding of the accumulation. An int8 row's sum is an exact integer. Only
 a finished output is rounded, to the dtype that was asked for.
@@ -29,6 +32,20 @@ def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
     fp16 saturates, as in the published kernels: one infinity would blacken the whole image.
     """
     return (y.clamp(-FP16_MAX, FP16_MAX) if dtype == torch.float16 else y).to(dtype)
+
+
+def finished(
+    y: Tensor,
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """What ends every product: bias and addend join its sums, which are rounded once, into `out` if there is one."""
+    y = y if bias is None else y + bias.float()
+    y = rounded(y if addend is None else y + addend, dtype)
+    return y if out is None else out.copy_(y)
 
 
 def hidden(x: Tensor, down: Tensor) -> Tensor:
@@ -122,6 +139,8 @@ def gemm_int4(
     weights: LinearWeights,
     *,
     dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """W4A4 GEMM with the branch and bias: signed or unsigned codes, int4 weights.
 
@@ -132,7 +151,8 @@ def gemm_int4(
     """
     x = codes.float() * expand(scales.float(), INT4_GROUP)
     y = matmul(x, int4.dequantize_weight(weights.codes, weights.scales))
-    return _finished(y + matmul(hidden, weights.up.float()), weights, dtype)
+    y += matmul(hidden, weights.up.float())
+    return finished(y, weights.bias, dtype=dtype, out=out, addend=addend)
 
 
 def gemm_nvfp4(
@@ -142,11 +162,14 @@ def gemm_nvfp4(
     weights: LinearWeights,
     *,
     dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """NVFP4 GEMM with the branch and bias: codes [M, K] uint8, scales [M, K/16] e4m3 -> [M, N] `dtype`."""
     x = fp4.decode(codes) * expand(scales.float(), NVFP4_GROUP)
     y = matmul(x, fp4.dequantize_weight(weights.codes, weights.scales, weights.second_scale))
-    return _finished(y + matmul(hidden, weights.up.float()), weights, dtype)
+    y += matmul(hidden, weights.up.float())
+    return finished(y, weights.bias, dtype=dtype, out=out, addend=addend)
 
 
 def gemm_int8(
@@ -156,21 +179,27 @@ def gemm_int8(
     weights: LinearWeights,
     *,
     dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """W8A8 GEMM with the branch and bias: codes [M, K] int8, scales [M, 1] fp32 -> [M, N] `dtype`."""
     y = int8.integer_matmul(codes, weights.codes).float() * weights.scales.T * scales
-    return _finished(y + matmul(hidden, weights.up.float()), weights, dtype)
+    y += matmul(hidden, weights.up.float())
+    return finished(y, weights.bias, dtype=dtype, out=out, addend=addend)
 
 
-def gemv_awq(x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def gemv_awq(
+    x: Tensor,
+    weights: LinearWeights,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    addend: Tensor | None = None,
+) -> Tensor:
     """W4A16 product with the bias: x [M, K] -> [M, N] `dtype`. As many weight rows at a time as a cache holds."""
     parts = zip(*(t.split(AWQ_ROWS) for t in (weights.codes, weights.scales, weights.zeros)), strict=True)
     y = torch.cat([matmul(x.float(), awq.dequantize_weight(*part)) for part in parts], dim=-1)
-    return _finished(y, weights, dtype)
-
-
-def _finished(y: Tensor, weights: LinearWeights, dtype: torch.dtype) -> Tensor:
-    return rounded(y if weights.bias is None else y + weights.bias.float(), dtype)
+    return finished(y, weights.bias, dtype=dtype, out=out, addend=addend)
 
 
 def dequantize(weights: LinearWeights) -> Tensor:

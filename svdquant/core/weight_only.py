@@ -45,7 +45,14 @@ def quantize_int8(x: Tensor, smooth: Tensor, down: Tensor, shift: float = 0.0) -
 
 
 def _gemm(
-    x: Tensor, scales: None, hidden: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32
+    x: Tensor,
+    scales: None,
+    hidden: Tensor,
+    weights: LinearWeights,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """x @ (codes * scales / smooth).T + hidden @ up.T + bias, in x's dtype: [M, K] -> [M, N] `dtype`.
 
@@ -53,13 +60,22 @@ def _gemm(
     """
     bias = None if weights.bias is None else weights.bias.to(x.dtype)
     y = matmul(x, reference.residual(weights).to(x.dtype), bias)
-    return reference.rounded(torch.addmm(y, hidden, weights.up.to(x.dtype).T), dtype)
+    y = torch.addmm(y, hidden, weights.up.to(x.dtype).T)
+    return reference.finished(y, None, dtype=dtype, out=out, addend=addend)
 
 
 gemm_int4 = gemm_nvfp4 = gemm_int8 = _gemm
 
 
-def gemv_awq(x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def gemv_awq(
+    x: Tensor,
+    weights: LinearWeights,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    addend: Tensor | None = None,
+) -> Tensor:
     """W4A16 product with the bias, in x's dtype: [M, K] -> [M, N] `dtype`."""
     bias = None if weights.bias is None else weights.bias.to(x.dtype)
-    return reference.rounded(matmul(x, reference.dequantize(weights).to(x.dtype), bias), dtype)
+    y = matmul(x, reference.dequantize(weights).to(x.dtype), bias)
+    return reference.finished(y, None, dtype=dtype, out=out, addend=addend)

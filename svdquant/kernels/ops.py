@@ -4,6 +4,9 @@ A call on a device whose kernels can be had goes to `torch.ops.svdquant`, an opa
 any other goes to core.reference or core.weight_only, as select.py says. The first call on a device builds or loads its
 library. One model may run on several devices, and this module is the op set for all of them; `OpSet("avx2")` is one
 that insists on a spelling.
+
+A product there writes into an output that it is given, which may be columns of a wider one. Its schema says so, and
+torch.compile gives it the memory itself: inductor copies nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from .settings import settings
 _QUANTIZED = "(Tensor codes, Tensor scales, Tensor hidden)"
 _ACTS = "Tensor x, Tensor smooth, Tensor down"
 _CODES = "Tensor codes, Tensor scales, Tensor hidden, Tensor weight_codes, Tensor weight_scales"
-_OUTPUT = "Tensor? bias, ScalarType dtype, str spelling) -> Tensor"
+_OUTPUT = "Tensor? bias, Tensor? addend, Tensor(a!) out, str spelling) -> ()"
 SCHEMAS = (
     "spellings(Tensor device) -> str",
     f"quantize_int4({_ACTS}, str spelling) -> {_QUANTIZED}",
@@ -49,13 +52,8 @@ def _fake_quantize(x: Tensor, down: Tensor, group: int | None, codes: torch.dtyp
     )
 
 
-def _fake_gemm(codes, scales, hidden, weight_codes, *rest):
-    *_, dtype, _spelling = rest
-    return hidden.new_empty(codes.shape[0], weight_codes.shape[0], dtype=dtype)
-
-
-def _fake_gemv(x, weight_codes, weight_scales, zeros, bias, dtype, spelling):
-    return x.new_empty(x.shape[0], weight_codes.shape[0], dtype=dtype)
+def _fake_product(*_) -> None:
+    """Nothing: a product writes into the output that it is given."""
 
 
 _FAKES = {
@@ -69,10 +67,7 @@ _FAKES = {
     "quantize_int8": lambda x, s, down, shift, spelling: _fake_quantize(
         x, down, None, torch.int8, torch.float32
     ),
-    "gemm_int4": _fake_gemm,
-    "gemm_nvfp4": _fake_gemm,
-    "gemm_int8": _fake_gemm,
-    "gemv_awq": _fake_gemv,
+    **dict.fromkeys(("gemm_int4", "gemm_nvfp4", "gemm_int8", "gemv_awq"), _fake_product),
 }
 
 
@@ -133,6 +128,10 @@ def _request(op: str, wanted: str | None, dtype: torch.dtype, tokens: int | None
 # ---- the ops ----
 
 PLAIN = {select.REFERENCE: reference, select.WEIGHT_ONLY: weight_only}
+
+
+def _output(like: Tensor, weights: LinearWeights, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(like.shape[0], weights.out_features, dtype=dtype)
 
 
 class OpSet:
@@ -199,14 +198,18 @@ class OpSet:
         weights: LinearWeights,
         *,
         dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        addend: Tensor | None = None,
     ) -> Tensor:
         """W4A4 GEMM with branch and bias; see core.reference.gemm_int4."""
         w, spelling = weights, self._choose_gemm("gemm_int4", codes, scales, weights, dtype)
         if spelling in PLAIN:
-            return PLAIN[spelling].gemm_int4(codes, scales, hidden, w, dtype=dtype)
-        return torch.ops.svdquant.gemm_int4(
-            codes, scales, hidden, w.codes, w.scales, w.up, w.bias, dtype, spelling
+            return PLAIN[spelling].gemm_int4(codes, scales, hidden, w, dtype=dtype, out=out, addend=addend)
+        out = _output(codes, w, dtype) if out is None else out
+        torch.ops.svdquant.gemm_int4(
+            codes, scales, hidden, w.codes, w.scales, w.up, w.bias, addend, out, spelling
         )
+        return out
 
     def gemm_nvfp4(
         self,
@@ -216,14 +219,18 @@ class OpSet:
         weights: LinearWeights,
         *,
         dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        addend: Tensor | None = None,
     ) -> Tensor:
         """NVFP4 GEMM with branch and bias; see core.reference.gemm_nvfp4."""
         w, spelling = weights, self._choose_gemm("gemm_nvfp4", codes, scales, weights, dtype)
         if spelling in PLAIN:
-            return PLAIN[spelling].gemm_nvfp4(codes, scales, hidden, w, dtype=dtype)
-        return torch.ops.svdquant.gemm_nvfp4(
-            codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias, dtype, spelling
+            return PLAIN[spelling].gemm_nvfp4(codes, scales, hidden, w, dtype=dtype, out=out, addend=addend)
+        out = _output(codes, w, dtype) if out is None else out
+        torch.ops.svdquant.gemm_nvfp4(
+            codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias, addend, out, spelling
         )
+        return out
 
     def gemm_int8(
         self,
@@ -233,23 +240,37 @@ class OpSet:
         weights: LinearWeights,
         *,
         dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        addend: Tensor | None = None,
     ) -> Tensor:
         """W8A8 GEMM with branch and bias; see core.reference.gemm_int8."""
         w, spelling = weights, self._choose_gemm("gemm_int8", codes, scales, weights, dtype)
         if spelling in PLAIN:
-            return PLAIN[spelling].gemm_int8(codes, scales, hidden, w, dtype=dtype)
-        return torch.ops.svdquant.gemm_int8(
-            codes, scales, hidden, w.codes, w.scales, w.up, w.bias, dtype, spelling
+            return PLAIN[spelling].gemm_int8(codes, scales, hidden, w, dtype=dtype, out=out, addend=addend)
+        out = _output(codes, w, dtype) if out is None else out
+        torch.ops.svdquant.gemm_int8(
+            codes, scales, hidden, w.codes, w.scales, w.up, w.bias, addend, out, spelling
         )
+        return out
 
-    def gemv_awq(self, x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    def gemv_awq(
+        self,
+        x: Tensor,
+        weights: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        addend: Tensor | None = None,
+    ) -> Tensor:
         """W4A16 product with the bias; see core.reference.gemv_awq."""
         w, spelling = weights, self._choose("gemv_awq", x, x.dtype, select.about(x.shape[0]))
         if w.spec.group % select.GROUPS["gemv_awq"] and spelling not in PLAIN:
             spelling = select.REFERENCE
         if spelling in PLAIN:
-            return PLAIN[spelling].gemv_awq(x, w, dtype=dtype)
-        return torch.ops.svdquant.gemv_awq(x, w.codes, w.scales, w.zeros, w.bias, dtype, spelling)
+            return PLAIN[spelling].gemv_awq(x, w, dtype=dtype, out=out, addend=addend)
+        out = _output(x, w, dtype) if out is None else out
+        torch.ops.svdquant.gemv_awq(x, w.codes, w.scales, w.zeros, w.bias, addend, out, spelling)
+        return out
 
 
 _default = OpSet()

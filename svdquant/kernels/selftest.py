@@ -7,8 +7,9 @@ and scales for equality, sums closely enough that one wrong number shows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -106,8 +107,20 @@ def _judge(
         yield called[0], _different(got[0], inputs[0], "codes") or _different(got[1], inputs[1], "scales")
         yield called[0], _far(got[2], inputs[2])
     want, inputs = getattr(reference, called[-1])(*inputs, weights), [t.to(device) for t in inputs]
+    product = partial(getattr(ops, called[-1]), *inputs, there)
     for dtype in dict.fromkeys((torch.float32, case.dtype)):
-        yield called[-1], _far(getattr(ops, called[-1])(*inputs, there, dtype=dtype), want)
+        yield called[-1], _far(product(dtype=dtype), want)
+    yield called[-1], _wrong_as_part(product, case.dtype, want.to(device))
+
+
+def _wrong_as_part(product: Callable[..., Tensor], dtype: torch.dtype, want: Tensor) -> str:
+    """As layers of several parts call it: into columns of a wider output, here with its own result added."""
+    m, n = want.shape
+    wide = torch.zeros(m, n + 8, dtype=dtype, device=want.device)
+    product(dtype=dtype, out=wide[:, 3 : 3 + n], addend=want)
+    if wide[:, :3].any() or wide[:, 3 + n :].any():
+        return "wrote beside its columns"
+    return _far(wide[:, 3 : 3 + n], 2 * want.cpu())
 
 
 def _inputs(case: Case, generator: torch.Generator) -> tuple[Tensor, LinearWeights]:

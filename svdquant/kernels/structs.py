@@ -39,14 +39,14 @@ Gemm = _struct(
     codes=_POINTER,
     scales=Floats,
     **dict.fromkeys(("hidden", "weight_codes"), _POINTER),
-    **dict.fromkeys(("weight_scales", "second_scale", "up", "bias"), Floats),
+    **dict.fromkeys(("weight_scales", "second_scale", "up", "bias", "addend"), Floats),
     out=Output,
 )
 GemmInt8 = _struct(
     "GemmInt8",
     **dict.fromkeys("mnkr", _SIZE),
     **dict.fromkeys(("codes", "scales", "hidden", "weight_codes", "weight_scales"), _POINTER),
-    **dict.fromkeys(("up", "bias"), Floats),
+    **dict.fromkeys(("up", "bias", "addend"), Floats),
     out=Output,
 )
 Gemv = _struct(
@@ -54,6 +54,6 @@ Gemv = _struct(
     **dict.fromkeys(("m", "n", "k", "group"), _SIZE),
     x=Floats,
     weight_codes=_POINTER,
-    **dict.fromkeys(("weight_scales", "zeros", "bias"), Floats),
+    **dict.fromkeys(("weight_scales", "zeros", "bias", "addend"), Floats),
     out=Output,
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from svdquant_nodes.svdquant.core import linear, reference
+from svdquant_nodes.svdquant.core import linear, reference, weight_only
 from svdquant_nodes.svdquant.core.linear import Branch, Part
 from svdquant_nodes.tests import layers, oracle
 from svdquant_nodes.tests.tolerances import assert_close
@@ -96,6 +96,20 @@ def test_parts_in_columns():
     parts = [part("int4", 96, 128, seed=1), part("int4-unsigned", 96, 192, column=128, seed=10)]
     x = layers.random(5, 320, seed=2)
     assert_close(linear.forward(x, parts, None, [], reference), judge(x, parts, 96), "fp32_sum")
+
+
+@pytest.mark.parametrize("dtype", layers.DTYPES)
+@pytest.mark.parametrize("ops", [reference, weight_only], ids=["reference", "weight-only"])
+def test_parts_write_and_add_what_they_are_alone(ops, dtype):
+    """To the bit: side by side as they would be concatenated, and summed in fp32 before one rounding."""
+    kind = layers.DTYPES[dtype]
+    below = [part("int4", 64, 128), part("nvfp4", 32, 128, row=64, seed=10), part("awq", 48, 128, row=96)]
+    beside = [part("int4", 64, 128), part("nvfp4", 64, 64, column=128), part("awq", 64, 64, column=192)]
+    x = layers.random(5, 256, seed=2, dtype=kind)
+    alone = [linear.linear(x[:, :128], p.weights, ops, dtype=kind) for p in below]
+    assert torch.equal(linear.join(x[:, :128], below, ops, dtype=kind), torch.cat(alone, dim=1))
+    a, b, c = (linear.linear(x[:, p.columns], p.weights, ops) for p in beside)
+    assert torch.equal(linear.join(x, beside, ops, dtype=kind), reference.rounded(a + b + c, kind))
 
 
 def test_parts_of_every_format_in_rows():

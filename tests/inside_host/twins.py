@@ -32,10 +32,10 @@ def _exact(x: Tensor, smooth: Tensor, down: Tensor, shift: float = 0.0):
     return (x.float() + shift) / smooth.float(), None, reference.hidden(x, down)
 
 
-def _multiply(values: Tensor, scales: None, hidden: Tensor, weights, *, dtype=torch.float32) -> Tensor:
+def _multiply(values: Tensor, scales: None, hidden: Tensor, weights, **to: Any) -> Tensor:
     residual = reference.residual(weights) * weights.smooth.float()
     y = values @ residual.T + hidden @ weights.up.float().T
-    return reference.rounded(y if weights.bias is None else y + weights.bias.float(), dtype)
+    return reference.finished(y, weights.bias, **to)
 
 
 EXACT_ACTIVATIONS = SimpleNamespace(

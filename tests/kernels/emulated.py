@@ -159,17 +159,19 @@ class Kernels:
         weights: LinearWeights,
         *,
         dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        addend: Tensor | None = None,
     ) -> Tensor:
         """As core.reference.gemm_*; `product` is int4, int8 or nvfp4: the tensor cores to use."""
         (m, k), n, w = codes.shape, weights.out_features, weights
-        out = _poisoned(m, n, dtype=dtype)
+        out = _poisoned(m, n, dtype=dtype) if out is None else out
         second = _floats(w.second_scale)
         if w.second_scale is not None and w.second_scale.numel() == 1:
             second.stride = 0
-        factors = (_floats(w.scales), second, _floats(w.up), _floats(w.bias))
+        factors = (_floats(w.scales), second, _floats(w.up), _floats(w.bias), _floats(addend))
         pointers = _data(codes), _floats(scales), _data(hidden), _data(w.codes)
         args = Gemm(KINDS[kind], m, n, k, w.rank, *pointers, *factors, _output(out))
-        read = (codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias)
+        read = (codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias, addend)
         self._call(f"gemm_by_{product}", args, read=read, written=(out,))
         return out
 
@@ -181,23 +183,34 @@ class Kernels:
         weights: LinearWeights,
         *,
         dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        addend: Tensor | None = None,
+        entry: str = "gemm_w8a8",
     ) -> Tensor:
         """As core.reference.gemm_int8."""
         (m, k), n, w = codes.shape, weights.out_features, weights
-        out = _poisoned(m, n, dtype=dtype)
-        read = (codes, scales, hidden, w.codes, w.scales, w.up, w.bias)
-        factors = _floats(w.up), _floats(w.bias)
+        out = _poisoned(m, n, dtype=dtype) if out is None else out
+        read = (codes, scales, hidden, w.codes, w.scales, w.up, w.bias, addend)
+        factors = _floats(w.up), _floats(w.bias), _floats(addend)
         args = GemmInt8(m, n, k, w.rank, *map(_data, read[:5]), *factors, _output(out))
-        self._call("gemm_w8a8", args, read=read, written=(out,))
+        self._call(entry, args, read=read, written=(out,))
         return out
 
-    def gemv(self, x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    def gemv(
+        self,
+        x: Tensor,
+        weights: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        addend: Tensor | None = None,
+    ) -> Tensor:
         """As core.reference.gemv_awq."""
         (m, k), n, w = x.shape, weights.out_features, weights
-        out = _poisoned(m, n, dtype=dtype)
-        factors = (_floats(w.scales), _floats(w.zeros), _floats(w.bias))
+        out = _poisoned(m, n, dtype=dtype) if out is None else out
+        factors = (_floats(w.scales), _floats(w.zeros), _floats(w.bias), _floats(addend))
         args = Gemv(m, n, k, w.spec.group, _floats(x), _data(w.codes), *factors, _output(out))
-        self._call("gemv", args, read=(x, w.codes, w.scales, w.zeros, w.bias), written=(out,))
+        self._call("gemv", args, read=(x, w.codes, w.scales, w.zeros, w.bias, addend), written=(out,))
         return out
 
     def _call(
@@ -263,27 +276,15 @@ class EmulatedOps:
         return self._kernels().quantize("nvfp4", x, smooth, down)
 
     def gemm_int4(
-        self,
-        codes: Tensor,
-        scales: Tensor,
-        hidden: Tensor,
-        weights: LinearWeights,
-        *,
-        dtype: torch.dtype = torch.float32,
+        self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object
     ) -> Tensor:
         kind = "int4-unsigned" if codes.dtype == torch.uint8 else "int4"
-        return self._kernels().gemm("", kind, codes, scales, hidden, weights, dtype=dtype)
+        return self._kernels().gemm("", kind, codes, scales, hidden, weights, **to)
 
     def gemm_nvfp4(
-        self,
-        codes: Tensor,
-        scales: Tensor,
-        hidden: Tensor,
-        weights: LinearWeights,
-        *,
-        dtype: torch.dtype = torch.float32,
+        self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object
     ) -> Tensor:
-        return self._kernels().gemm("", "nvfp4", codes, scales, hidden, weights, dtype=dtype)
+        return self._kernels().gemm("", "nvfp4", codes, scales, hidden, weights, **to)
 
     def quantize_int8(
         self, x: Tensor, smooth: Tensor, down: Tensor, shift: float = 0.0
@@ -291,18 +292,12 @@ class EmulatedOps:
         return self._kernels().quantize("int8", x, smooth, down, shift=shift)
 
     def gemm_int8(
-        self,
-        codes: Tensor,
-        scales: Tensor,
-        hidden: Tensor,
-        weights: LinearWeights,
-        *,
-        dtype: torch.dtype = torch.float32,
+        self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object
     ) -> Tensor:
-        return self._kernels().gemm_int8(codes, scales, hidden, weights, dtype=dtype)
+        return self._kernels().gemm_int8(codes, scales, hidden, weights, **to)
 
-    def gemv_awq(self, x: Tensor, weights: LinearWeights, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self._kernels().gemv(x, weights, dtype=dtype)
+    def gemv_awq(self, x: Tensor, weights: LinearWeights, **to: object) -> Tensor:
+        return self._kernels().gemv(x, weights, **to)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svdquant_nodes.svdquant.core.weights import LinearWeights
 
-from .emulated import GemmInt8, Kernels, _data, _floats, _output, _poisoned, library
+from .emulated import Kernels, library
 
 ARCH = 90
 
@@ -22,35 +22,16 @@ class Hopper(Kernels):
     sms: int = 4
 
     def gemm_int4(
-        self,
-        codes: Tensor,
-        scales: Tensor,
-        hidden: Tensor,
-        weights: LinearWeights,
-        *,
-        dtype: torch.dtype = torch.float32,
+        self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object
     ) -> Tensor:
         """As core.reference.gemm_int4, signed or unsigned by the codes' dtype."""
         library(self.arch).set_multiprocessors(self.sms)
         kind = "int4" if codes.dtype == torch.int8 else "int4-unsigned"
-        return self.gemm("hopper", kind, codes, scales, hidden, weights, dtype=dtype)
+        return self.gemm("hopper", kind, codes, scales, hidden, weights, **to)
 
     def gemm_int8(
-        self,
-        codes: Tensor,
-        scales: Tensor,
-        hidden: Tensor,
-        weights: LinearWeights,
-        *,
-        dtype: torch.dtype = torch.float32,
-        out: Tensor | None = None,
+        self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object
     ) -> Tensor:
         """As core.reference.gemm_int8."""
-        (m, k), n, w = codes.shape, weights.out_features, weights
-        out = _poisoned(m, n, dtype=dtype) if out is None else out
         library(self.arch).set_multiprocessors(self.sms)
-        pointers = map(_data, (codes, scales, hidden, w.codes, w.scales))
-        args = GemmInt8(m, n, k, w.rank, *pointers, _floats(w.up), _floats(w.bias), _output(out))
-        read = (codes, scales, hidden, w.codes, w.scales, w.up, w.bias)
-        self._call("gemm_int8_hopper", args, read=read, written=(out,))
-        return out
+        return super().gemm_int8(codes, scales, hidden, weights, entry="gemm_int8_hopper", **to)

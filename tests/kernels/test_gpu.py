@@ -101,7 +101,7 @@ def exact(x):
             if op.startswith("quantize"):
                 return lambda rows, *rest: right(rows.to(x.dtype), *rest)
             if op == "gemv_awq":
-                return lambda rows, weights, dtype: right(rows.to(x.dtype), weights, dtype=dtype)
+                return lambda rows, weights, **to: right(rows.to(x.dtype), weights, **to)
             return right
 
     return Exact()

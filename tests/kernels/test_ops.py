@@ -18,7 +18,7 @@ from svdquant_nodes.tests.tolerances import assert_close
 from svdquant_nodes.tools.pack import ROOT
 
 pytestmark = pytest.mark.usefixtures("kernels")
-ALL, F32 = slice(None), torch.float32
+ALL = slice(None)
 
 
 def inputs(name, m=5, n=40, k=128, r=8):
@@ -28,10 +28,10 @@ def inputs(name, m=5, n=40, k=128, r=8):
 def calls(name):
     """Every torch op of a format with arguments: yields (op, args)."""
     x, w = inputs(name)
-    space = torch.ops.svdquant
+    space, out, addend = torch.ops.svdquant, torch.empty(5, 40), layers.random(5, 40, seed=4)
     if name == "awq":
-        yield space.gemv_awq, (x, w.codes, w.scales, w.zeros, w.bias, F32, "portable")
-        yield space.gemv_awq, (x, w.codes, w.scales, w.zeros, None, torch.bfloat16, "portable")
+        yield space.gemv_awq, (x, w.codes, w.scales, w.zeros, w.bias, addend, out, "portable")
+        yield space.gemv_awq, (x, w.codes, w.scales, w.zeros, None, None, out.bfloat16(), "portable")
         return
     eight_bits = w.spec.format == "int8"
     shift = (w.spec.act_shift,) if w.spec.act_shift or eight_bits else ()
@@ -41,11 +41,12 @@ def calls(name):
     if name == "nvfp4":
         yield (
             space.gemm_nvfp4,
-            (*quantize(*arguments), w.codes, w.scales, w.second_scale, w.up, w.bias, F32, "portable"),
+            (*quantize(*arguments), w.codes, w.scales, w.second_scale, w.up, w.bias, addend, out, "portable"),
         )
     else:
         gemm = space.gemm_int8 if eight_bits else space.gemm_int4
-        yield gemm, (*quantize(*arguments), w.codes, w.scales, w.up, w.bias, F32, "portable")
+        wide = torch.empty(5, 50)[:, 3:43]
+        yield gemm, (*quantize(*arguments), w.codes, w.scales, w.up, w.bias, None, wide, "portable")
 
 
 @pytest.mark.parametrize("name", select.OPS)
@@ -82,6 +83,24 @@ def test_compiles_without_a_break(name):
         for tokens in (5, 3):
             assert torch.equal(compiled(x[:tokens]), layer(x[:tokens]))
     assert set(ours) == {1 if name == "awq" else 2}
+
+
+@pytest.mark.parametrize("name", layers.COMPUTED)
+def test_parts_compile_without_a_break(name):
+    """Products that write into columns of one output and add to another's, once torch has made functions of them."""
+    made = [layers.random_linear(name, 64, 64, 8, seed=seed) for seed in range(4)]
+    below, beside = (Part(made[0]), Part(made[1], row=64)), (Part(made[2]), Part(made[3], column=64))
+
+    def block(x):
+        y = linear.forward(torch.nn.functional.silu(x), below, None, (), ops)
+        return x + linear.forward(torch.nn.functional.silu(y), beside, None, (), ops), y
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    x = layers.random(5, 64, seed=3, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for tokens in (5, 3):
+            got, want = compiled(x[:tokens]), block(x[:tokens])
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("name", layers.COMPUTED)
@@ -187,13 +206,30 @@ BAD = {  # format, which op of `calls`, argument, value, message
     "codes-of-other-k": ("int4", 1, 0, torch.zeros(5, 64).char(), r"codes: expected shape \[5, 128\]"),
     "scales-of-other-m": ("int4", 1, 1, torch.ones(4, 2), r"scales: expected shape \[5, 2\]"),
     "hidden-of-other-rank": ("int4", 1, 2, torch.ones(5, 7), r"hidden: expected shape \[5, 8\]"),
-    "hidden-of-halves": ("int4", 1, 2, torch.ones(5, 8).half(), "hidden: expected fp32"),
+    "hidden-of-halves": ("int4", 1, 2, torch.ones(5, 8).half(), "hidden: expected Float, got Half"),
     "weights-not-packed": ("int4", 1, 3, torch.zeros(40, 128), "weight_codes: expected packed uint8"),
     "weight-scales-of-other-n": ("int4", 1, 4, torch.ones(39, 2), r"weight_scales: expected shape \[40, 2\]"),
     "second-scale-of-other-n": ("nvfp4", 1, 5, torch.ones(39), "second_scale: expected 1 or 40"),
     "up-of-other-n": ("nvfp4", 1, 6, torch.ones(39, 8), r"up: expected shape \[40, 8\]"),
     "bias-of-other-n": ("int4", 1, 6, torch.ones(39), r"bias: expected shape \[40\]"),
-    "output-of-eight-bits": ("int4", 1, 7, torch.float8_e4m3fn, "dtype: expected an output of fp32, bf16 or"),
+    "addend-of-halves": ("int4", 1, 7, torch.ones(5, 40).half(), "addend: expected Float, got Half"),
+    "addend-of-other-n": ("int4", 1, 7, torch.ones(5, 39), r"addend: expected shape \[5, 40\]"),
+    "output-of-other-n": ("int4", 1, 8, torch.ones(5, 39), r"out: expected shape \[5, 40\], got \[5, 39\]"),
+    "output-of-eight-bits": (
+        "int4",
+        1,
+        8,
+        torch.ones(5, 40).to(torch.float8_e4m3fn),
+        "out: expected fp32, bf16 or",
+    ),
+    "output-of-columns": ("int4", 1, 8, torch.ones(40, 5).T, r"out: expected rows .* got strides \[1, 5\]"),
+    "output-of-one-row": (
+        "nvfp4",
+        1,
+        9,
+        torch.ones(1, 40).expand(5, -1),
+        r"none over another, got strides \[0, 1",
+    ),
     "int8-k-not-16-columns": (
         "int8-of-int4",
         0,
@@ -254,13 +290,7 @@ BAD = {  # format, which op of `calls`, argument, value, message
     ),
     "int8-up-of-other-n": ("int8-of-int4", 1, 5, torch.ones(39, 8), r"up: expected shape \[40, 8\]"),
     "int8-bias-of-other-n": ("int8-of-int4", 1, 6, torch.ones(39), r"bias: expected shape \[40\]"),
-    "int8-output-of-integers": (
-        "int8-of-int4",
-        1,
-        7,
-        torch.int32,
-        "dtype: expected an output of fp32, bf16 or fp16",
-    ),
+    "int8-output-of-integers": ("int8-of-int4", 1, 8, torch.ones(5, 40).int(), "out: expected fp32, bf16 or"),
     "x-of-no-columns": ("int4", 0, 0, torch.zeros(5, 0), "x: last axis is 0, expected a multiple of 64"),
     "weights-of-no-columns": (
         "int4",
@@ -276,7 +306,7 @@ BAD = {  # format, which op of `calls`, argument, value, message
         torch.zeros(40, 0).char(),
         "weight_codes: expected columns, got none",
     ),
-    "awq-output-of-integers": ("awq", 0, 5, torch.int32, "dtype: expected an output of fp32, bf16 or fp16"),
+    "awq-output-of-integers": ("awq", 0, 6, torch.ones(5, 40).int(), "out: expected fp32, bf16 or fp16"),
     "awq-x-of-other-k": ("awq", 0, 0, torch.zeros(5, 64), r"x: expected shape \[5, 128\]"),
     "awq-uneven-groups": ("awq", 0, 2, torch.ones(40, 3), "weight_scales: expected one for every 64"),
     "awq-zeros-of-other-n": ("awq", 0, 3, torch.ones(39, 2), r"zeros: expected shape \[40, 2\]"),

@@ -22,7 +22,7 @@ class Wrong:
 
     def __getattr__(self, op):
         right = getattr(reference, op)
-        return (lambda *args, **dtype: self.spoil(right(*args, **dtype))) if op == self.op else right
+        return (lambda *args, **to: self.spoil(right(*args, **to))) if op == self.op else right
 
 
 def poke(t, value):
@@ -44,6 +44,13 @@ def only_in(dtype, value):
     return lambda y: poke(y, value) if y.dtype == dtype else y
 
 
+def beside(y):
+    """The column after its own, where it is given columns of a wider output."""
+    if not y.is_contiguous():
+        y.as_strided((y.shape[0], y.shape[1] + 1), y.stride())[:, -1] = 1
+    return y
+
+
 FAULTS = {  # op, how its results are spoilt, what is said
     "a-code": ("quantize_int4", result(0, 100), "quantize_int4 gave 1 of 3648 codes wrong (19 x 70 x 192"),
     "a-scale": ("quantize_nvfp4", result(1, 9.0), "quantize_nvfp4 gave 1 of 95 scales wrong"),
@@ -56,6 +63,12 @@ FAULTS = {  # op, how its results are spoilt, what is said
     "a-16-bit-output": ("gemm_nvfp4", only_in(torch.bfloat16, 50.0), "gemm_nvfp4 is off by"),
     "outputs-swapped": ("gemv_awq", lambda y: y.flip(-1), "gemv_awq is off by"),
     "a-small-error": ("gemm_int4", lambda y: y * 1.001, "gemm_int4 is off by"),
+    "a-neighbour": ("gemm_nvfp4", beside, "gemm_nvfp4 wrote beside its columns (19 x 70 x 80"),
+    "a-part-of-a-layer": (
+        "gemv_awq",
+        lambda y: y if y.is_contiguous() else y.mul_(0.5),
+        "gemv_awq is off by",
+    ),
     "eight-bits": ("gemm_int8", lambda y: poke(y, torch.inf), "gemm_int8 is off by inf"),
     "cuda-error": (
         "gemv_awq",

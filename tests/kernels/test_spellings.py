@@ -58,8 +58,8 @@ def quantize(ops, x, w):
     return ops.quantize_int4(x, w.smooth, w.down)
 
 
-def gemm(ops, codes, scales, hidden, w, dtype=torch.float32):
-    return getattr(ops, f"gemm_{w.spec.format}")(codes, scales, hidden, w, dtype=dtype)
+def gemm(ops, codes, scales, hidden, w, **to):
+    return getattr(ops, f"gemm_{w.spec.format}")(codes, scales, hidden, w, **to)
 
 
 def same_bits(got, want):
