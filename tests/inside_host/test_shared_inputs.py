@@ -18,8 +18,7 @@ from svdquant_nodes.svdquant.adapters.operations import quantized_linears
 from svdquant_nodes.svdquant.core.sharing import Slot
 from svdquant_nodes.tests import layers
 from svdquant_nodes.tests.inside_host import loras, published, small
-from svdquant_nodes.tests.inside_host.test_memory import as_loaded, load_part_of  # noqa: F401
-from svdquant_nodes.tests.inside_host.test_other_families import (
+from svdquant_nodes.tests.inside_host.publishers import (
     Publisher,
     publish_flux2,
     publish_qwen,
@@ -27,6 +26,7 @@ from svdquant_nodes.tests.inside_host.test_other_families import (
     publish_sdxl,
     publish_z_image,
 )
+from svdquant_nodes.tests.inside_host.test_memory import as_loaded, load_part_of  # noqa: F401
 from svdquant_nodes.tests.small_models import SMALL, detecting, random_weights
 
 
