@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from svdquant_nodes.tools.host.places import ROOT
+
+# What a picture needs around the model, from files of other makers
+REPLACED = ("CheckpointLoaderSimple", "CLIPLoader", "VAELoader", "VAEDecode", "SaveImage")
 Link = list[Any]  # the node's name and which of its outputs
 
 
@@ -65,6 +70,27 @@ def saved(comfy: Any, nodes: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]
         name: load_file(folder / file["subfolder"] / file["filename"])["latent_tensor"]
         for name, file in files.items()
     }
+
+
+def on_small_model(template: str, family: str, loader: dict[str, Any], pixels: int) -> dict[str, Any]:
+    """A workflow in two steps: a small model and its LoRA for its files, a random text for its encoder's."""
+    graph = json.loads((ROOT / "workflows" / "api" / f"{template}.json").read_text(encoding="utf-8"))
+    for name, old in list(graph.items()):
+        kind, inputs = old["class_type"], old["inputs"]
+        if kind == "SVDQuantLoadModel":
+            graph[name] = loader
+        elif kind == "CLIPTextEncode":
+            graph[name] = node("TestSmallPrompt", family=family, seed=1 if inputs["text"] else 2)
+        elif kind == "SVDQuantApplyLora":
+            inputs["lora_name"] = f"small-{family}.safetensors"
+        elif kind.startswith("Empty"):
+            inputs |= {"width": pixels, "height": pixels}
+        elif kind == "SVDQuantSample":
+            inputs["steps"] = 2
+            graph["save"] = node("SaveLatent", samples=[name, 0], filename_prefix=f"{family}/{template}")
+        elif kind in REPLACED:
+            del graph[name]
+    return graph
 
 
 def write_lora(models: Path, family: str, rank: int = 4) -> None:

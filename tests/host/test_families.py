@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from svdquant_nodes.tests.host.small_graphs import Graph, model_file, node, saved, write_lora
+from svdquant_nodes.tests.host.small_graphs import Graph, model_file, node, on_small_model, saved, write_lora
 from svdquant_nodes.tests.tolerances import TOLERANCES, distance
 
 
@@ -21,12 +21,13 @@ from svdquant_nodes.tests.tolerances import TOLERANCES, distance
 class Case:
     """How a family is run.
 
-    layout   the dialect its file is written in, as SVDQuant Inspect calls it
-    lora     a strength that changes the picture by about a half
-    pixels   side of a picture; PixArt's positions want more
-    recipe   how it is quantized
-    control  the kind of its ControlNet: a model beside it, a patch of it, or none in the host
-    others   files as others publish them, cases of publishers.py in dialects that our quantizer does not write
+    layout     the dialect its file is written in, as SVDQuant Inspect calls it
+    lora       a strength that changes the picture by about a half
+    pixels     side of a picture; PixArt's positions want more
+    recipe     how it is quantized
+    control    the kind of its ControlNet: a model beside it, a patch of it, or none in the host
+    templates  its workflows that need no picture
+    others     files as others publish them, cases of publishers.py in dialects that our quantizer does not write
     """
 
     layout: str
@@ -34,19 +35,29 @@ class Case:
     pixels: int = 64
     recipe: str = "instant"
     control: str = ""
+    templates: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
 
 
 CASES = {
-    "sdxl": Case("nunchaku_v1, SDXL", 2.0, control="net"),
-    "pixart-sigma": Case("natural", 3.0, pixels=320, others=("pixart-sigma-lite",)),
-    "qwen-image": Case("nunchaku_v2, Qwen-Image", 4.0, control="net", others=("qwen-image-kitchen",)),
-    "z-image": Case("nunchaku_v2, Z-Image", 2.5, control="patch"),
+    "sdxl": Case("nunchaku_v1, SDXL", 2.0, control="net", templates=("sdxl", "sdxl-turbo")),
+    "pixart-sigma": Case(
+        "natural", 3.0, pixels=320, templates=("pixart-sigma",), others=("pixart-sigma-lite",)
+    ),
+    "qwen-image": Case(
+        "nunchaku_v2, Qwen-Image",
+        4.0,
+        control="net",
+        templates=("qwen-image", "qwen-image-lightning"),
+        others=("qwen-image-kitchen",),
+    ),
+    "z-image": Case("nunchaku_v2, Z-Image", 2.5, control="patch", templates=("z-image-turbo",)),
     "chroma": Case("natural", 0.5, recipe="fast", others=("chroma-lite",)),
     "flux2": Case("natural", 4.0, others=("flux2-lite",)),
     "wan": Case("natural", 2.0),
 }
 CONTROLLED = [family for family, case in CASES.items() if case.control]
+TEMPLATES = [family for family, case in CASES.items() if case.templates]
 PUBLISHED = [family for family, case in CASES.items() if case.others]
 
 
@@ -156,6 +167,19 @@ def test_files_of_other_dialects_draw_what_16_bits_draw(run, request):
     for other in CASES[request.node.callspec.params["run"]].others:
         found = [error(run.latents[other], run.latents[name]) for name in ("16", "another")]
         assert 0.1 * layers < found[0] < 3 * layers < found[1]
+
+
+@pytest.mark.parametrize("run", TEMPLATES, indirect=True)
+def test_its_templates_draw_with_4_bits_what_16_draw(comfy, run, request):
+    family, case = request.node.callspec.params["run"], CASES[request.node.callspec.params["run"]]
+    loaders = [node("SVDQuantLoadModel", model_name=run.file)]
+    loaders += [
+        node("UNETLoader", unet_name=model_file(family, seed), weight_dtype="default") for seed in (0, 1)
+    ]
+    for template in case.templates:
+        graphs = [on_small_model(template, family, loader, case.pixels) for loader in loaders]
+        ours, theirs, another = (saved(comfy, graph)["save"] for graph in graphs)
+        assert 0 < error(ours, theirs) < 3 * run.layers < error(ours, another), template
 
 
 def test_a_lora_changes_4_bits_as_it_changes_16(run):

@@ -13,7 +13,7 @@ import pytest
 
 from svdquant_nodes.tools.host.client import PromptRefused
 from svdquant_nodes.tools.host.places import ROOT
-from svdquant_nodes.tools.workflows import WORKFLOWS
+from svdquant_nodes.tools.workflows import WORKFLOWS, draw
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,22 @@ def test_workflow_is_accepted(with_files, workflow):
     prompt = json.loads((ROOT / "workflows" / "api" / f"{workflow.name}.json").read_text(encoding="utf-8"))
     number = with_files.client.queue(prompt)  # raises PromptRefused
     wait_for(with_files, number)
+
+
+@pytest.fixture(scope="module")
+def object_info(comfy):
+    return comfy.client.get("/object_info")
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.name)
+def test_the_page_form_fits_this_host(object_info, workflow):
+    """Values stand where this version of each node looks for them; its page reads them by position alone."""
+    there = json.loads((ROOT / "workflows" / f"{workflow.name}.json").read_text(encoding="utf-8"))
+    here = draw.ui_form(workflow, object_info)
+    assert there["links"] == here["links"]
+    for one, other in zip(there["nodes"], here["nodes"], strict=True):
+        for what in ("type", "inputs", "widgets_values"):
+            assert one[what] == other[what], one["title"]
 
 
 def test_a_model_that_is_missing_is_refused_by_name(comfy):

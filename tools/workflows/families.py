@@ -180,7 +180,7 @@ WORKFLOWS = (
     Workflow(
         "qwen-image-lightning",
         "Qwen-Image in eight steps, by a LoRA",
-        "The Lightning LoRA makes eight steps enough, without guidance: a picture in a tenth of the time. It joins the "
+        "The Lightning LoRA makes eight steps enough, without guidance: a picture in a fifth of the time. It joins the "
         "4-bit model as additional rank, so one checkpoint serves both. The files with lightning in their names have "
         "such a LoRA built in: with those, take the LoRA node out.",
         qwen_image_lightning,
