@@ -19,6 +19,28 @@ __m512i broadcast4(const int8_t* p) {
   return _mm512_set1_epi32(word);
 }
 
+// As in portable.cpp. Sums of 64 columns come in sixteens of four.
+void arrange(const int8_t* codes, int64_t blocks, const CodeTable& table, int8_t* to, int32_t* starts) {
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+  const __m512i zero = _mm512_set1_epi8(static_cast<int8_t>(table.zero));
+  for (int64_t b = 0; b < blocks; ++b, codes += kBlock, to += kBlock) {
+    __m512i v = _mm512_loadu_si512(codes);
+    if (table.activation) {
+      const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.activation));
+      v = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), v);
+    }
+    _mm512_storeu_si512(to, _mm512_shuffle_epi8(v, order));
+    const __m512i fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), zero, v);
+    if (table.group == kBlock) {
+      starts[b] = -_mm512_reduce_add_epi32(fours);
+      continue;
+    }
+    for (int i = 0; i < 4; ++i) {
+      starts[4 * b + i] = -_mm512_mask_reduce_add_epi32(static_cast<__mmask16>(15 << 4 * i), fours);
+    }
+  }
+}
+
 // A group is `steps` steps: kSteps of them where that is not zero, and then the compiler knows it.
 template <int kRows, int kSteps>
 void multiply_rows(const Tile& t, int64_t row, int64_t any_steps) {
@@ -60,24 +82,22 @@ void multiply_steps(const Tile& t, int64_t steps) {
 void multiply(const Tile& t, int64_t group) { group == 16 ? multiply_steps<4>(t, 4) : multiply_steps<16>(t, 16); }
 void multiply_int8(const Tile& t, int64_t k) { multiply_steps<0>(t, k / 4); }
 
-bool supported() { return has_avx512(); }
-
 }  // namespace
+}  // namespace svdquant::cpu
+SVDQUANT_TARGET_END
 
-const Spelling* avx512() {
+const svdquant::cpu::Spelling* svdquant::cpu::avx512() {
   static const Spelling spelling = [] {
     Spelling s = *avx2();
     s.name = "avx512";
-    s.supported = supported;
+    s.supported = has_avx512;
+    s.arrange = arrange;
     s.multiply = multiply;
     s.multiply_int8 = multiply_int8;
     return s;
   }();
   return &spelling;
 }
-
-}  // namespace svdquant::cpu
-SVDQUANT_TARGET_END
 
 #else
 const svdquant::cpu::Spelling* svdquant::cpu::avx512() { return nullptr; }

@@ -82,14 +82,24 @@ static inline void store(void* data, DType dtype, int64_t i, float v) {
   }
 }
 
-// A finished sum, and the addend where there is one. fp16 saturates: a model that runs in fp16 survives 65504, not
-// infinity.
+// As `store`, but fp16 saturates: a model that runs in fp16 survives 65504, not infinity.
+static inline void store_saturated(void* data, DType dtype, int64_t i, float v) {
+  if (dtype == DType::kF16) v = v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v;
+  store(data, dtype, i, v);
+}
+
+// The addend, where there is one, onto `count` finished sums of a row.
+template <class Args>
+static inline void add_addend(const Args& args, int64_t row, int64_t column, int64_t count, float* sums) {
+  if (!args.addend.data) return;
+  const float* from = static_cast<const float*>(args.addend.data) + row * args.addend.stride + column;
+  for (int64_t i = 0; i < count; ++i) sums[i] += from[i];
+}
+
 template <class Args>
 static inline void store_output(const Args& args, int64_t row, int64_t column, float v) {
-  const Output& out = args.out;
-  if (args.addend.data) v += static_cast<const float*>(args.addend.data)[row * args.addend.stride + column];
-  if (out.dtype == DType::kF16) v = v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v;
-  store(out.data, out.dtype, row * out.stride + column, v);
+  add_addend(args, row, column, 1, &v);
+  store_saturated(args.out.data, args.out.dtype, row * args.out.stride + column, v);
 }
 
 static inline float round_to(float v, DType dtype) {
@@ -99,6 +109,10 @@ static inline float round_to(float v, DType dtype) {
 
 static inline int64_t size_of(DType dtype) {
   return dtype == DType::kF32 ? 4 : dtype == DType::kE4M3 ? 1 : 2;
+}
+
+static inline void* place_of(const Output& out, int64_t row, int64_t column) {
+  return static_cast<char*>(out.data) + (row * out.stride + column) * size_of(out.dtype);
 }
 
 static inline const void* row_of(const Floats& f, int64_t row) {

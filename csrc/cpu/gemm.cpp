@@ -16,9 +16,9 @@ const int8_t kE2M1Doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6,
 
 CodeTable table_of(Codes kind) {
   const bool e2m1 = kind == Codes::kE2M1;
-  CodeTable table = {group_size(kind), e2m1 ? 12 : 8, {}, e2m1 ? kE2M1Doubled : nullptr};
+  CodeTable table = {group_size(kind), e2m1 ? 24 : 16, {}, e2m1 ? kE2M1Doubled : nullptr};
   for (int code = 0; code < 16; ++code) {
-    table.weight[code] = static_cast<uint8_t>(e2m1 ? kE2M1Doubled[code] + 12 : code ^ 8);
+    table.weight[code] = static_cast<uint8_t>(e2m1 ? kE2M1Doubled[code] + 24 : (code ^ 8) + 8);
   }
   return table;
 }
@@ -146,28 +146,55 @@ bool suits_dot4(const Gemm& g, const Spelling& s) {
   return s.dot4 && g.m == 1 && g.n % 4 == 0 && g.k % kBlock == 0;
 }
 
-// Outputs begin..end, in fours.
-void run_token(const Gemm& g, const Shape& shape, const Spelling& s, const CodeTable& table, const Activations& acts,
-               int64_t begin, int64_t end) {
-  const int64_t rank = ceil_div(g.r, 8) * 8;  // the branch in whole vectors
-  const Scratch<float> scales(4 * shape.groups), up(4 * rank), hidden(rank);
-  std::memset(up + 0, 0, static_cast<size_t>(4 * rank) * sizeof(float));
-  std::memset(hidden + 0, 0, static_cast<size_t>(rank) * sizeof(float));
-  s.widen(g.hidden, DType::kF32, hidden + 0, g.r);
-  for (int64_t row = begin * 4; row < end * 4; row += 4) {
-    float sums[4];
-    for (int64_t i = 0; i < 4; ++i) {
-      s.widen(row_of(g.up, row + i), g.up.dtype, up + i * rank, g.r);
-      float* to = scales + i * shape.groups;
-      s.widen(row_of(g.weight_scales, row + i), g.weight_scales.dtype, to, shape.groups);
-      const float factor = second_scale(g, row + i);
-      for (int64_t j = 0; j < shape.groups && factor != 1.0f; ++j) to[j] *= factor;
-    }
-    s.project(hidden + 0, 1, up + 0, rank, 4, sums);
-    s.dot4(g.weight_codes + row * g.k / 2, g.k / 2, scales + 0, table, acts.tile(shape, 0, 1), sums);
-    for (int64_t i = 0; i < 4; ++i) store_output(g, 0, row + i, sums[i] + bias_of(g.bias, row + i));
+class Token {
+ public:
+  Token(const Gemm& g, const Shape& shape, const Spelling& s, const CodeTable& table)
+      : g_(g),
+        shape_(shape),
+        s_(s),
+        table_(table),
+        rank_(ceil_div(g.r, 8) * 8),
+        codes_(shape.blocks * kTokenBytes),
+        scales_(shape.groups),
+        hidden_(rank_) {
+    s.order_token(static_cast<const int8_t*>(g.codes), shape.blocks, table, codes_ + 0);
+    s.widen(g.scales.data, g.scales.dtype, scales_ + 0, shape.groups);
+    std::memset(hidden_ + 0, 0, static_cast<size_t>(rank_) * sizeof(float));
+    s.widen(g.hidden, DType::kF32, hidden_ + 0, g.r);
   }
-}
+
+  // Outputs begin..end, in fours.
+  void run(int64_t begin, int64_t end) const {
+    const Scratch<float> scales(4 * shape_.groups), up(4 * rank_);
+    std::memset(up + 0, 0, static_cast<size_t>(4 * rank_) * sizeof(float));
+    for (int64_t row = begin * 4; row < end * 4; row += 4) {
+      float sums[4];
+      for (int64_t i = 0; i < 4; ++i) {
+        s_.widen(row_of(g_.up, row + i), g_.up.dtype, up + i * rank_, g_.r);
+        load_scales(row + i, scales + i * shape_.groups);
+      }
+      s_.project(hidden_ + 0, 1, up + 0, rank_, 4, sums);
+      s_.dot4(g_.weight_codes + row * g_.k / 2, shape_.blocks, table_, codes_ + 0, scales + 0, sums);
+      for (int64_t i = 0; i < 4; ++i) store_output(g_, 0, row + i, sums[i] + bias_of(g_.bias, row + i));
+    }
+  }
+
+ private:
+  // A weight row's scales times the token's.
+  void load_scales(int64_t row, float* to) const {
+    s_.widen(row_of(g_.weight_scales, row), g_.weight_scales.dtype, to, shape_.groups);
+    const float factor = second_scale(g_, row);
+    for (int64_t j = 0; j < shape_.groups; ++j) to[j] = to[j] * factor * scales_[j];
+  }
+
+  const Gemm& g_;
+  const Shape& shape_;
+  const Spelling& s_;
+  const CodeTable& table_;
+  const int64_t rank_;  // in whole vectors
+  const Scratch<int8_t> codes_;
+  const Scratch<float> scales_, hidden_;
+};
 
 }  // namespace
 }  // namespace cpu
@@ -178,14 +205,14 @@ const char* gemm(const Gemm& args, const Launch& launch) {
   if (!s) return "this processor has no such spelling";
   const CodeTable table = table_of(args.kind);
   const Shape shape(args);
-  const Activations acts(args, shape, *s, table, launch);
   if (suits_dot4(args, *s)) {
-    for_ranges(launch, args.n / 4, ceil_div(1 << 16, args.k), [&](int64_t begin, int64_t end) {
-      run_token(args, shape, *s, table, acts, begin, end);
-    });
+    const Token token(args, shape, *s, table);
+    for_ranges(launch, args.n / 4, ceil_div(1 << 16, args.k),
+               [&](int64_t begin, int64_t end) { token.run(begin, end); });
     return nullptr;
   }
-  for_panels(launch, args, [&] { return Panel(args, shape, *s, table); }, acts);
+  const Activations acts(args, shape, *s, table, launch);
+  for_panels(launch, args, *s, [&] { return Panel(args, shape, *s, table); }, acts);
   return nullptr;
 }
 

@@ -96,7 +96,7 @@ const char* gemm_int8(const GemmInt8& args, const Launch& launch) {
   const Spelling* s = find(launch.spelling);
   if (!s) return "this processor has no such spelling";
   const Activations8 acts(args, launch);
-  for_panels(launch, args, [&] { return Panel8(args, *s); }, acts);
+  for_panels(launch, args, *s, [&] { return Panel8(args, *s); }, acts);
   return nullptr;
 }
 

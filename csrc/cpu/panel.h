@@ -34,7 +34,8 @@ class Columns {
 // Panels begin..end for the tokens first .. first + rows. A panel is summed where it belongs, or in a buffer if it is
 // narrower than 16, of 16 bits, or has an addend, which comes last.
 template <class Args, class Panel, class Activations>
-void run_strip(const Args& g, const Panel& panel, const Activations& acts, int64_t first, int64_t begin, int64_t end) {
+void run_strip(const Args& g, const Spelling& s, const Panel& panel, const Activations& acts,
+               int64_t first, int64_t begin, int64_t end) {
   const int64_t rows = g.m - first < kStrip ? g.m - first : kStrip;
   const Scratch<float> sums(rows * kPanel);
   for (int64_t row = begin * kPanel; row < end * kPanel; row += kPanel) {
@@ -46,21 +47,22 @@ void run_strip(const Args& g, const Panel& panel, const Activations& acts, int64
     }
     panel.run(acts, first, rows, sums + 0, kPanel);
     for (int64_t m = 0; m < rows; ++m) {
-      for (int64_t i = 0; i < columns; ++i) store_output(g, first + m, row + i, sums[m * kPanel + i]);
+      add_addend(g, first + m, row, columns, sums + m * kPanel);
+      s.narrow(sums + m * kPanel, columns, g.out.dtype, place_of(g.out, first + m, row));
     }
   }
 }
 
 // Every strip with every panel; `make` gives each thread a panel of its own to load and run.
 template <class Args, class Make, class Activations>
-void for_panels(const Launch& launch, const Args& g, const Make& make, const Activations& acts) {
+void for_panels(const Launch& launch, const Args& g, const Spelling& s, const Make& make, const Activations& acts) {
   const int64_t panels = ceil_div(g.n, kPanel), strips = ceil_div(g.m, kStrip);
   const int64_t grain = ceil_div(1 << 18, g.k * kPanel * (g.m < kStrip ? g.m : kStrip));
   for_ranges(launch, strips * panels, grain, [&](int64_t begin, int64_t end) {
     const auto panel = make();
     for (int64_t at = begin; at < end;) {
       const int64_t strip = at / panels, stop = end < (strip + 1) * panels ? end : (strip + 1) * panels;
-      run_strip(g, panel, acts, strip * kStrip, at - strip * panels, stop - strip * panels);
+      run_strip(g, s, panel, acts, strip * kStrip, at - strip * panels, stop - strip * panels);
       at = stop;
     }
   });

@@ -11,6 +11,10 @@ void widen(const void* from, DType dtype, float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = load(from, dtype, i);
 }
 
+void narrow(const float* from, int64_t count, DType dtype, void* to) {
+  for (int64_t i = 0; i < count; ++i) store_saturated(to, dtype, i, from[i]);
+}
+
 void smooth(const float* x, const float* smooth, bool shifted, float shift, DType dtype, float* to, int64_t k) {
   for (int64_t i = 0; i < k; ++i) {
     const float v = shifted ? round_to(x[i] + shift, dtype) : x[i];
@@ -162,8 +166,8 @@ void dot_awq(const uint8_t* codes, int64_t blocks, int64_t per_group, const floa
 
 const Spelling* portable() {
   static const Spelling spelling = {
-      "portable", supported, widen, smooth, codes_int, codes_e2m1, project, arrange, unpack, interleave, multiply,
-      multiply, nullptr, branch, order_awq, dot_awq};
+      "portable", supported, widen, narrow, smooth, codes_int, codes_e2m1, project, arrange, unpack, interleave,
+      multiply, multiply, nullptr, nullptr, branch, order_awq, dot_awq};
   return &spelling;
 }
 

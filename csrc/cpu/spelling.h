@@ -8,8 +8,9 @@
 //     a row's 8 columns   0 1 2 3 4 5 6 7  ->  step 2c: 0 2 4 6, step 2c+1: 1 3 5 7
 //     a panel             [steps][16 rows][4 columns]  uint8, code + zero
 //
-// Bytes of a panel are unsigned: `zero` (8 for int4; 12 for e2m1, whose values are doubled) is added, and taken out
-// again by starting every sum at -zero * (sum of the token's codes). Unsigned times signed bytes is what CPUs multiply.
+// Bytes of a panel are unsigned: `zero` is added, and taken out again by starting every sum at -zero * (sum of the
+// token's codes). Unsigned times signed bytes is what CPUs multiply. It is 16 for int4 and 24 for e2m1, whose values
+// are doubled: twice what would do, so that a weight's byte plus an activation is never negative either.
 //
 // 8-bit codes are bytes already: columns keep their order, `zero` is 128, and one group is all of K.
 #pragma once
@@ -35,7 +36,7 @@ struct Tile {
   const uint8_t* panel;        // [K/4][16][4]
   const float* weight_scales;  // [groups][16]
   const int8_t* acts;          // [rows][K]        arranged
-  const int32_t* starts;       // [rows][groups]   -zero * sum of codes
+  const int32_t* starts;       // [rows][groups]   -zero * sum of codes, and what else `arrange` puts in
   const float* scales;         // [rows][groups]
   float* out;                  // [rows][16]
   int64_t out_stride;
@@ -47,6 +48,8 @@ struct Spelling {
 
   // Any float to fp32.
   void (*widen)(const void* from, DType dtype, float* to, int64_t count);
+  // fp32 to the dtype of an output, rounded once; fp16 saturates.
+  void (*narrow)(const float* from, int64_t count, DType dtype, void* to);
   // to = round_T(round_T(x + shift) / smooth); `shifted` says whether there is a shift at all.
   void (*smooth)(const float* x, const float* smooth, bool shifted, float shift, DType dtype, float* to, int64_t k);
   // Codes and unrounded scales of smoothed values; `size` columns share a scale, a multiple of 16.
@@ -55,7 +58,7 @@ struct Spelling {
   // hidden[i][j] = x[i] . down[j] for up to four tokens.
   void (*project)(const float* x, int64_t rows, const float* down, int64_t k, int64_t r, float* hidden);
 
-  // Codes of one token in the order of a panel, and the start of every group's sum.
+  // Codes of one token in the order of a panel, and the start of every group's sum, for nobody but `multiply`.
   void (*arrange)(const int8_t* codes, int64_t blocks, const CodeTable& table, int8_t* to, int32_t* starts);
   // Nibbles of 16 weight rows, `stride` bytes apart, into a panel. What follows them in memory comes next.
   void (*unpack)(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel);
@@ -64,10 +67,12 @@ struct Spelling {
   void (*multiply)(const Tile& tile, int64_t group);
   // The same with bytes of any size and one group of K columns, a multiple of 4.
   void (*multiply_int8)(const Tile& tile, int64_t k);
-  // The same for one token and four weight rows, straight from their nibbles, where unpacking is most of the work:
-  // to[0..3] += ... nullptr where it is not written.
-  void (*dot4)(const uint8_t* rows, int64_t stride, const float* weight_scales, const CodeTable& table,
-               const Tile& token, float* to);
+  // One token in the order in which `dot4` meets the nibbles. Both are nullptr where they are not written.
+  void (*order_token)(const int8_t* codes, int64_t blocks, const CodeTable& table, int8_t* to);
+  // One token times four weight rows, straight from their nibbles, where unpacking is most of the work:
+  // to[0..3] += sum over groups of (int sum) * scale, with `scales` [4][groups] of weight and token.
+  void (*dot4)(const uint8_t* rows, int64_t blocks, const CodeTable& table, const int8_t* token, const float* scales,
+               float* to);
   // out[m][0..15] = bias + hidden[m] . up[0..15], with up as [R][16].
   void (*branch)(const float* hidden, int64_t rows, int64_t r, const float* up, const float* bias, float* out,
                  int64_t out_stride);
@@ -79,8 +84,9 @@ struct Spelling {
                   const float* ordered, const float* sums, int64_t rows, float* out);
 };
 
-constexpr int64_t kTokens = 4;    // of project and dot_awq
-constexpr int64_t kAwqSums = 8;   // sums a block
+constexpr int64_t kTokens = 4;       // of project and dot_awq
+constexpr int64_t kTokenBytes = 96;  // of order_token, a block
+constexpr int64_t kAwqSums = 8;      // sums a block
 
 // nullptr where the file was compiled for another processor.
 const Spelling* portable();

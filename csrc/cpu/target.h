@@ -1,4 +1,4 @@
-// Compile the rest of a file for an instruction set that the other files may not use. MSVC needs no telling.
+// Compile a part of a file for an instruction set that the rest may not use. MSVC needs no telling.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -21,13 +21,21 @@
 #define SVDQUANT_TARGET_END SVDQUANT_PRAGMA(clang attribute pop)
 #define SVDQUANT_UNROLL(count) SVDQUANT_PRAGMA(unroll count)
 #elif defined(__GNUC__)
-#define SVDQUANT_TARGET(features) SVDQUANT_PRAGMA(GCC target(features))
-#define SVDQUANT_TARGET_END
+#define SVDQUANT_TARGET(features) SVDQUANT_PRAGMA(GCC push_options) SVDQUANT_PRAGMA(GCC target(features))
+#define SVDQUANT_TARGET_END SVDQUANT_PRAGMA(GCC pop_options)
 #define SVDQUANT_UNROLL(count) SVDQUANT_PRAGMA(GCC unroll count)
 #else
 #define SVDQUANT_TARGET(features)
 #define SVDQUANT_TARGET_END
 #define SVDQUANT_UNROLL(count)
+#endif
+
+// Everything that `v` depends on is done here, and nothing after it begun: left to itself, GCC has the products of many
+// steps under way and their sums on the stack.
+#if defined(SVDQUANT_X86) && (defined(__GNUC__) || defined(__clang__))
+#define SVDQUANT_SETTLE(v) __asm__("" : "+x"(v))
+#else
+#define SVDQUANT_SETTLE(v)
 #endif
 
 namespace svdquant::cpu {

@@ -1,0 +1,242 @@
+// AVX2: the 4-bit product.
+#include "avx2.h"
+
+#ifdef SVDQUANT_X86
+SVDQUANT_TARGET("avx2,fma,f16c")
+
+namespace svdquant::cpu {
+namespace {
+
+// ---- activations in the order of a panel ----
+
+// Sums of 16 columns each, of 64, from 16-bit sums of pairs of theirs in two times 16 lanes.
+__m128i sums_of_16(__m256i first, __m256i second) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const __m256i fours = _mm256_hadd_epi32(_mm256_madd_epi16(first, ones), _mm256_madd_epi16(second, ones));
+  const __m256i halves = _mm256_hadd_epi32(fours, _mm256_setzero_si256());
+  return _mm_unpacklo_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+}
+
+// A start holds the products of neighbours too, see below, and is for the lower one of an output's two 16-bit sums.
+void arrange(const int8_t* codes, int64_t blocks, const CodeTable& table, int8_t* to, int32_t* starts) {
+  const __m256i order = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+  const __m256i zero = _mm256_set1_epi16(static_cast<int16_t>(table.zero));
+  for (int64_t b = 0; b < blocks; ++b, codes += kBlock, to += kBlock) {
+    __m256i pairs[2];
+    for (int j = 0; j < 2; ++j) {
+      __m256i v = load_bytes(codes + 32 * j);
+      if (table.activation) {
+        const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.activation));
+        v = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), v);
+      }
+      store_bytes(to + 32 * j, _mm256_shuffle_epi8(v, order));
+      const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), odd = _mm256_srai_epi16(v, 8);
+      const __m256i sums = _mm256_mullo_epi16(_mm256_add_epi16(even, odd), zero);
+      pairs[j] = _mm256_add_epi16(sums, _mm256_mullo_epi16(even, odd));
+    }
+    __m128i sums = sums_of_16(pairs[0], pairs[1]);
+    const int64_t count = kBlock / table.group;
+    if (count == 1) {
+      sums = _mm_hadd_epi32(sums, sums);
+      sums = _mm_hadd_epi32(sums, sums);
+    }
+    int32_t four[4];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(four), sums);
+    for (int64_t i = 0; i < count; ++i) starts[b * count + i] = -four[i] & 0xffff;
+  }
+}
+
+// ---- weights in panels ----
+
+// Eight rows of eight 32-bit words, transposed.
+SVDQUANT_INLINE void transpose(__m256i (&v)[8]) {
+  __m256i a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+    a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      b[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + j + 2]);
+      b[i + 2 * j + 1] = _mm256_unpackhi_epi64(a[i + j], a[i + j + 2]);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+  }
+}
+
+void unpack(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel) {
+  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.weight));
+  const __m256i bytes = _mm256_broadcastsi128_si256(values), low = _mm256_set1_epi8(15);
+  const char* next = reinterpret_cast<const char*>(rows + kPanel * stride);
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t half = 0; half < 2; ++half) {
+      // Sixteen rows at once are too many streams for the hardware to foresee: the next panel, in a straight line.
+      for (int i = 0; i < 4; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+      __m256i v[8];
+      for (int i = 0; i < 8; ++i) v[i] = load_bytes(rows + (half * 8 + i) * stride + block * 32);
+      transpose(v);
+      uint8_t* to = panel + block * kBlock * kPanel + half * 32;
+      for (int i = 0; i < 8; ++i, to += 128) {
+        store_bytes(to, _mm256_shuffle_epi8(bytes, _mm256_and_si256(v[i], low)));
+        store_bytes(to + 64, _mm256_shuffle_epi8(bytes, _mm256_and_si256(_mm256_srli_epi16(v[i], 4), low)));
+      }
+    }
+  }
+}
+
+void interleave(const void* from, int64_t stride, void* to) {
+  const char* words = static_cast<const char*>(from);
+  char* columns = static_cast<char*>(to);
+  for (int64_t j = 0; j < stride; j += 8) {
+    for (int64_t half = 0; half < 2; ++half) {
+      __m256i v[8];
+      for (int i = 0; i < 8; ++i) v[i] = load_bytes(words + ((half * 8 + i) * stride + j) * 4);
+      transpose(v);
+      for (int i = 0; i < 8; ++i) store_bytes(columns + ((j + i) * kPanel + half * 8) * 4, v[i]);
+    }
+  }
+}
+
+// ---- the product ----
+//
+// maddubs multiplies unsigned by signed bytes and adds pairs of products into 16 bits. By Winograd's inner product
+// (1968) each multiplication serves two columns, of weights w and activations a:
+//
+//     w0 a0 + w1 a1 = (w0 + a1) (w1 + a0) - w0 w1 - a0 a1
+//
+// Processors add bytes in twice or three times as many units as they multiply them in. The products of neighbours are
+// taken out where a sum starts: `arrange` has those of activations in `starts`, those of weights are found here, once
+// for all tokens. With its zero a weight is never smaller than an activation is negative, and w + a stays below 49, so
+// that 16 bits hold the 16 products of a lane: a group of 64 is finished before any sum is widened.
+
+constexpr int64_t kColumns = 768;  // a chunk, of which 16 rows fit the first-level cache
+
+// Groups first .. last, and the sums of their w0 w1 in the lanes in which `multiply_rows` has its own.
+template <int kSteps>
+struct Chunk {
+  int64_t first, last;
+  __m256i neighbours[kColumns / 4 / kSteps][2];
+};
+
+template <int kSteps>
+void sum_neighbours(const uint8_t* panel, Chunk<kSteps>& chunk) {
+  for (int64_t g = chunk.first; g < chunk.last; ++g) {
+    for (int j = 0; j < 2; ++j) {
+      const uint8_t* from = panel + g * kSteps * 64 + 32 * j;
+      __m256i sum = _mm256_setzero_si256();
+      for (int s = 0; s < kSteps; s += 2, from += 128) {
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(load_bytes(from), load_bytes(from + 64)));
+      }
+      chunk.neighbours[g - chunk.first][j] = sum;
+    }
+  }
+}
+
+// An even and an odd step: eight columns.
+template <int kRows>
+SVDQUANT_INLINE void two_steps(const uint8_t* panel, const int8_t* acts, int64_t k, __m256i (&sums)[kRows][2]) {
+  const __m256i even[2] = {load_bytes(panel), load_bytes(panel + 32)};
+  const __m256i odd[2] = {load_bytes(panel + 64), load_bytes(panel + 96)};
+  for (int m = 0; m < kRows; ++m) {
+    const __m256i act_even = broadcast4(acts + m * k), act_odd = broadcast4(acts + m * k + 4);
+    for (int j = 0; j < 2; ++j) {
+      const __m256i left = _mm256_add_epi8(even[j], act_odd), right = _mm256_add_epi8(odd[j], act_even);
+      sums[m][j] = _mm256_add_epi16(sums[m][j], _mm256_maddubs_epi16(left, right));
+    }
+    SVDQUANT_SETTLE(sums[m][0]);
+    SVDQUANT_SETTLE(sums[m][1]);
+  }
+}
+
+// Both halves of every 32-bit lane, scaled, onto eight outputs.
+SVDQUANT_INLINE void finish(__m256i sums, __m256 weight_scales, __m256 scale, float* out) {
+  const __m256 total = _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+  _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_mul_ps(total, weight_scales), scale, _mm256_loadu_ps(out)));
+}
+
+template <int kRows, int kSteps>
+void multiply_rows(const Tile& tile, int64_t row, const Chunk<kSteps>& chunk) {
+  const Tile t = tile;  // which stores through `out` cannot change
+  const int64_t k = t.groups * kSteps * 4;
+  for (int64_t g = chunk.first; g < chunk.last; ++g) {
+    const int64_t at = row * t.groups + g;
+    __m256i sums[kRows][2];
+    for (int m = 0; m < kRows; ++m) {
+      const __m256i start = _mm256_set1_epi32(t.starts[at + m * t.groups]);
+      for (int j = 0; j < 2; ++j) sums[m][j] = _mm256_sub_epi16(start, chunk.neighbours[g - chunk.first][j]);
+    }
+    SVDQUANT_UNROLL(8)
+    for (int s = 0; s < kSteps; s += 2) {
+      two_steps(t.panel + (g * kSteps + s) * 64, t.acts + at * kSteps * 4 + s * 4, k, sums);
+    }
+    for (int m = 0; m < kRows; ++m) {
+      const __m256 scale = _mm256_broadcast_ss(t.scales + at + m * t.groups);
+      for (int j = 0; j < 2; ++j) {
+        const __m256 weight_scales = _mm256_loadu_ps(t.weight_scales + g * kPanel + 8 * j);
+        finish(sums[m][j], weight_scales, scale, t.out + (row + m) * t.out_stride + 8 * j);
+      }
+    }
+  }
+}
+
+template <int kSteps>
+void multiply_steps(const Tile& t) {
+  constexpr int64_t kGroups = kColumns / 4 / kSteps;
+  Chunk<kSteps> chunk;
+  for (chunk.first = 0; chunk.first < t.groups; chunk.first = chunk.last) {
+    chunk.last = chunk.first + kGroups < t.groups ? chunk.first + kGroups : t.groups;
+    sum_neighbours(t.panel, chunk);
+    int64_t row = 0;
+    for (; row + 4 <= t.rows; row += 4) multiply_rows<4>(t, row, chunk);
+    switch (t.rows - row) {
+      case 3: multiply_rows<3>(t, row, chunk); break;
+      case 2: multiply_rows<2>(t, row, chunk); break;
+      case 1: multiply_rows<1>(t, row, chunk); break;
+    }
+  }
+}
+
+void multiply(const Tile& t, int64_t group) { group == 16 ? multiply_steps<4>(t) : multiply_steps<16>(t); }
+
+// ---- the low-rank branch ----
+
+template <int kRows>
+void branch_rows(const float* hidden, int64_t r, const float* up, const float* bias, float* out, int64_t stride) {
+  __m256 sums[kRows][2];
+  for (int m = 0; m < kRows; ++m)
+    for (int j = 0; j < 2; ++j) sums[m][j] = _mm256_loadu_ps(bias + 8 * j);
+  for (int64_t i = 0; i < r; ++i) {
+    const __m256 u0 = _mm256_loadu_ps(up + i * kPanel), u1 = _mm256_loadu_ps(up + i * kPanel + 8);
+    for (int m = 0; m < kRows; ++m) {
+      const __m256 h = _mm256_broadcast_ss(hidden + m * r + i);
+      sums[m][0] = _mm256_fmadd_ps(h, u0, sums[m][0]);
+      sums[m][1] = _mm256_fmadd_ps(h, u1, sums[m][1]);
+    }
+  }
+  for (int m = 0; m < kRows; ++m)
+    for (int j = 0; j < 2; ++j) _mm256_storeu_ps(out + m * stride + 8 * j, sums[m][j]);
+}
+
+void branch(const float* hidden, int64_t rows, int64_t r, const float* up, const float* bias, float* out,
+            int64_t out_stride) {
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4) branch_rows<4>(hidden + m * r, r, up, bias, out + m * out_stride, out_stride);
+  for (; m < rows; ++m) branch_rows<1>(hidden + m * r, r, up, bias, out + m * out_stride, out_stride);
+}
+
+}  // namespace
+}  // namespace svdquant::cpu
+SVDQUANT_TARGET_END
+
+void svdquant::cpu::add_avx2_gemm(Spelling& s) {
+  s.arrange = arrange;
+  s.unpack = unpack;
+  s.interleave = interleave;
+  s.multiply = multiply;
+  s.branch = branch;
+}
+#endif
