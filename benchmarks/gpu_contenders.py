@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -70,6 +71,8 @@ def contenders(work: Work, device: str) -> Iterator[tuple[str, Work, Callable[[W
             lambda w, row=row: our_product(w, ops.OpSet(row.name)),
         )
     yield from by_spelling("gemm_nvfp4", nvfp4_of(work), device, " of nvfp4")
+    if any(row.name == select.TORCH_SCALED for row in rows_here(device, "gemm_nvfp4")):
+        yield "svdquant_torch_scaled of nvfp4, our quantizer", nvfp4_of(work), torch_scaled
     yield from by_spelling("gemm_int8", int8_of(work), device, " of int8")
     yield "svdquant_weight_only", work, lambda w: ours(w, ops.OpSet(select.WEIGHT_ONLY))
     yield "torch_fp8_rows", work, torch_fp8
@@ -85,9 +88,7 @@ def by_spelling(op: str, work: Work, device: str, of: str = "") -> Iterator[tupl
 
 def rows_here(device: str, op: str) -> list[select.Spelling]:
     """The table's rows for an op that this device can run."""
-    here = ops.device(device)
-    rows = [row for row in select.SPELLINGS if row.device == device and op in row.ops]
-    return [row for row in rows if not here.missing and not row.needs(here)]
+    return [row for row in select.to_try(ops.device(device)) if op in row.ops]
 
 
 # ---- dense ----
@@ -103,7 +104,7 @@ def dense_bf16(work: Work) -> Contender:
 # ---- ours ----
 
 
-def ours(work: Work, op_set: ops.OpSet) -> Contender:
+def ours(work: Work, op_set: ops.OpSet | SimpleNamespace) -> Contender:
     """As a host's layer calls it."""
     parts = [(Part(replace(w, bias=None)), w.bias) for w in work.layers]
 
@@ -118,6 +119,12 @@ def our_product(work: Work, op_set: ops.OpSet) -> Contender:
     """Without the quantizer, whose results are ready."""
     ready = [op_set.quantize_int4(x, w.smooth, w.down) for x, w in zip(work.xs, work.layers, strict=True)]
     return lambda i: op_set.gemm_int4(*ready[i % len(ready)], work.layers[i % len(ready)], dtype=BF16)
+
+
+def torch_scaled(work: Work) -> Contender:
+    """Torch's product of block-scaled floats on what the kernels of this device quantize."""
+    product = ops.OpSet(select.TORCH_SCALED).gemm_nvfp4
+    return ours(work, SimpleNamespace(quantize_nvfp4=ops.quantize_nvfp4, gemm_nvfp4=product))
 
 
 def nvfp4_of(work: Work) -> Work:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from . import jit, select
+from . import jit, scaled, select
+from .settings import settings
 
 log = logging.getLogger("svdquant-nodes")
 
@@ -36,7 +37,9 @@ _TRIAL = (
 def find(index: int | None = None) -> select.Device:
     """A GPU as select.py wants it, with its library loaded; `missing` says why none of our kernels may run there."""
     found, library = load(index)
-    return found if found.missing else trusted(found, library, _index(index))
+    if settings().kernels == "off" or not select.to_try(found):
+        return found
+    return trusted(found, library, _index(index))
 
 
 def load(index: int | None = None) -> tuple[select.Device, Path | None]:
@@ -45,7 +48,8 @@ def load(index: int | None = None) -> tuple[select.Device, Path | None]:
         return select.Device("cuda", missing="torch finds no NVIDIA GPU"), None
     every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     here = every[_index(index)]
-    found = select.Device("cuda", capability=(here.major, here.minor))
+    features = {select.BLOCK_SCALED} if scaled.exists() else ()
+    found = select.Device("cuda", frozenset(features), (here.major, here.minor))
     unfit = select.unfit(found.capability, here.name)
     if unfit:
         return replace(found, missing=unfit), None
@@ -62,9 +66,13 @@ def _index(index: int | None) -> int:
 
 
 def trusted(found: select.Device, library: Path, index: int) -> select.Device:
-    """The device without the spellings that fail on it, which are logged."""
+    """The device without the spellings that fail on it, which are logged.
+
+    library   its place: where it could not be built, the spellings that need none are tried, and that verdict is apart
+    """
     name = torch.cuda.get_device_properties(index).name
-    kept = library.with_name(f"{library.stem}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}.json")
+    of = f"torch-{torch.__version__}" if found.missing else library.stem
+    kept = library.with_name(f"{of}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}.json")
     verdict = _recall(kept)
     if verdict is None:
         verdict = judge(index)
@@ -76,7 +84,8 @@ def trusted(found: select.Device, library: Path, index: int) -> select.Device:
             name,
             fault,
         )
-    return replace(found, distrusted=frozenset(verdict.faults), missing=verdict.untried)
+    distrusted = {row.name for row in select.to_try(found)} if verdict.untried else verdict.faults
+    return replace(found, distrusted=frozenset(distrusted), missing=found.missing or verdict.untried)
 
 
 @dataclass(frozen=True)
@@ -147,4 +156,5 @@ def _keep(kept: Path, verdict: Verdict) -> None:
     if verdict.untried or any("out of memory" in fault for fault in verdict.faults.values()):
         return
     with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps({"faults": verdict.faults}))

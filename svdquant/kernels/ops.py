@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core import reference, weight_only
 from ..core.weights import LinearWeights
-from . import gpu, jit, select
+from . import gpu, jit, scaled, select
 from .settings import settings
 
 _QUANTIZED = "(Tensor codes, Tensor scales, Tensor hidden)"
@@ -127,7 +127,7 @@ def _request(op: str, wanted: str | None, dtype: torch.dtype, tokens: int | None
 
 # ---- the ops ----
 
-PLAIN = {select.REFERENCE: reference, select.WEIGHT_ONLY: weight_only}
+PLAIN = {select.REFERENCE: reference, select.WEIGHT_ONLY: weight_only, select.TORCH_SCALED: scaled}
 
 
 def _output(like: Tensor, weights: LinearWeights, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 REFERENCE, WEIGHT_ONLY = "reference", "weight_only"  # op sets in plain torch, for any device
+TORCH_SCALED = "torch_scaled"  # in plain torch too, for some GPUs: a row of the table
+BLOCK_SCALED = "block_scaled"  # a GPU's feature: torch multiplies 4-bit floats and their scales
 QUANTIZERS = ("quantize_int4", "quantize_int4_unsigned", "quantize_nvfp4")
 GEMMS = ("gemm_int4", "gemm_nvfp4")
 FILE_OPS = (*QUANTIZERS, *GEMMS, "gemv_awq")  # for layers as files hold them
@@ -31,9 +33,9 @@ class Device:
     """What a device can do.
 
     type         "cpu" | "cuda" | any other of torch's names
-    features     cpu: names of the spellings its library can run here
+    features     cpu: names of the spellings its library can run here; cuda: BLOCK_SCALED or nothing
     capability   cuda: compute capability
-    missing      why none of its kernels may run, "" if they may
+    missing      why none of its library's kernels may run, "" if they may
     distrusted   names of spellings that failed the self-test
     """
 
@@ -68,6 +70,8 @@ class Spelling:
 
     needs       what a device lacks for it, "" if nothing
     on_request  why it runs only where it is asked for by name, "" if it may be chosen
+    library     whether it is in our library, without which it cannot run
+    yields      those of its ops that it does only where no other row can, wherever it stands
     """
 
     name: str
@@ -76,6 +80,8 @@ class Spelling:
     needs: Callable[[Device], str]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     on_request: str = ""
+    library: bool = True
+    yields: tuple[str, ...] = ()
 
 
 def _feature(name: str) -> Callable[[Device], str]:
@@ -90,6 +96,11 @@ def _capability(low: tuple[int, int], high: tuple[int, int], instruction: str) -
         return f"{instruction} needs compute capability {range_}, this is {_dotted(device.capability)}"
 
     return needs
+
+
+def _block_scaled(device: Device) -> str:
+    lack = _capability((10, 0), NEWEST_GPU, "torch's block-scaled product")(device)
+    return lack or ("" if BLOCK_SCALED in device.features else "this torch has no block-scaled product")
 
 
 def _dotted(version: tuple[int, int]) -> str:
@@ -118,6 +129,7 @@ SPELLINGS = (
     Spelling("wgmma_e4m3", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma")),
     Spelling("wgmma_s8", "cuda", INT8_OPS, _capability((9, 0), (9, 0), "wgmma")),
     Spelling("mxf4_sm120", "cuda", NVFP4_OPS, _capability((12, 0), NEWEST_GPU, "mxf4nvf4 mma")),
+    Spelling(TORCH_SCALED, "cuda", NVFP4_OPS, _block_scaled, library=False, yields=("quantize_nvfp4",)),
     Spelling("mma_s4", "cuda", INT4_OPS, _capability((8, 0), (8, 9), "mma.s4")),
     Spelling("mma_sm75", "cuda", INT4_OPS, _capability((7, 5), (7, 5), "mma.m8n8k32")),
     Spelling("mma_s8", "cuda", (*INT4_OPS, *INT8_OPS), _capability(OLDEST_GPU, NEWEST_GPU, "mma.s8")),
@@ -142,9 +154,8 @@ class Choice:
 def choose(device: Device, request: Request) -> Choice:
     """The first spelling with nothing against it, else an op set in plain torch."""
     against: dict[str, tuple[str, ...]] = {}
-    for row in SPELLINGS:
-        if row.device != device.type or request.op not in row.ops:
-            continue
+    rows = [row for row in SPELLINGS if row.device == device.type and request.op in row.ops]
+    for row in sorted(rows, key=lambda row: request.op in row.yields):
         why = tuple(reasons(row, device, request))
         if not why:
             return Choice(row.name, against)
@@ -152,6 +163,12 @@ def choose(device: Device, request: Request) -> Choice:
     exact = device.type == "cpu" or request.wanted in ("off", REFERENCE)
     plain = REFERENCE if exact and request.wanted != WEIGHT_ONLY else WEIGHT_ONLY
     return Choice(plain, against or {"kernels": (f"none is written for {request.op} on {device.type}",)})
+
+
+def to_try(device: Device) -> list[Spelling]:
+    """What a device could run, of which nothing is known yet."""
+    rows = [row for row in SPELLINGS if row.device == device.type and not (row.library and device.missing)]
+    return [row for row in rows if not row.needs(device)]
 
 
 def about(tokens: int) -> int:
@@ -166,18 +183,19 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
     wrong_group = group % usual if request.op == "gemv_awq" else group != usual
     limited = request.op == "gemv_awq" and request.wanted != row.name
     too_many = limited and (request.tokens or 0) > MOST_AWQ_TOKENS
+    unbuilt = row.library and bool(device.missing)
     checks = (
         (bool(row.on_request) and request.wanted != row.name, row.on_request),
         (request.wanted == "off", "SVDQUANT_KERNELS is off"),
         (request.wanted not in ("auto", "off", row.name), f"SVDQUANT_KERNELS asks for {request.wanted}"),
-        (bool(device.missing), device.missing),
+        (unbuilt, device.missing),
         (row.name in device.distrusted, "it failed the self-test"),
         (request.dtype not in row.dtypes, f"activations are {request.dtype}"),
         (wrong_group, f"weight groups of {group} instead of {usual}"),
         (too_many, f"more than {MOST_AWQ_TOKENS} tokens"),
     )
     found = [text for wrong, text in checks if wrong]
-    lack = "" if device.missing else row.needs(device)
+    lack = "" if unbuilt else row.needs(device)
     return [*found, lack] if lack else found
 
 

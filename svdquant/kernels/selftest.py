@@ -77,7 +77,7 @@ def problem(ops: ModuleType, device: torch.device, names: Collection[str]) -> Fa
                 for op, faults in _judge(case, seed, ops, device, names):
                     if faults:
                         return Fault(op, f"{faults} ({case})")
-            except RuntimeError as error:  # a refusal, or CUDA's word about an earlier launch
+            except (RuntimeError, ValueError) as error:  # a refusal, or CUDA's word about an earlier launch
                 return Fault(_ops_of(case)[-1], f"ended with {str(error).strip().splitlines()[0]!r} ({case})")
     return None
 

@@ -20,15 +20,14 @@ def main(arguments: Sequence[str]) -> None:
     index, skipped = int(arguments[0]), arguments[1:]
     ops.declare()
     found, _ = gpu.load(index)
-    if found.missing:
+    if not select.to_try(found):
         raise SystemExit(found.missing)
     run(found, torch.device("cuda", index), skipped)
 
 
 def run(found: select.Device, where: torch.device, skipped: Collection[str]) -> None:
     """Try every spelling that a device could run, and say what comes of it."""
-    rows = [row for row in select.SPELLINGS if row.device == found.type and not row.needs(found)]
-    for row in rows:
+    for row in select.to_try(found):
         if row.name in skipped:
             continue
         _say(trying=row.name)

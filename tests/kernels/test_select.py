@@ -14,6 +14,9 @@ TURING, AMPERE, ADA, H100, BLACKWELL = (
     Device("cuda", capability=capability) for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0))
 )
 UNPROVEN = Device("cuda", capability=(9, 0), distrusted=frozenset({"wgmma_e4m3"}))
+RTX50 = Device("cuda", features=frozenset({"block_scaled"}), capability=(12, 0))
+B200 = Device("cuda", features=frozenset({"block_scaled"}), capability=(10, 0))
+ALONE = Device("cuda", frozenset({"block_scaled"}), (12, 0), missing="no compiler")  # no library of ours
 BROKEN = Device("cuda", capability=(8, 9), missing="the self-test failed")
 INT4, INT8 = Request("gemm_int4", "bfloat16"), Request("gemm_int8", "bfloat16")
 
@@ -50,6 +53,23 @@ CHOICES = {  # device, request, spelling
     "nvfp4-on-spark": (Device("cuda", capability=(12, 1)), Request("gemm_nvfp4", "bfloat16"), "mxf4_sm120"),
     "nvfp4-on-blackwell-that-failed": (
         Device("cuda", capability=(12, 0), distrusted=frozenset({"mxf4_sm120"})),
+        Request("gemm_nvfp4", "bfloat16"),
+        "mma_f16",
+    ),
+    "nvfp4-with-torch-beside": (RTX50, Request("gemm_nvfp4", "bfloat16"), "mxf4_sm120"),
+    "nvfp4-by-torch": (B200, Request("gemm_nvfp4", "bfloat16"), "torch_scaled"),
+    "nvfp4-by-torch-quantized-by-us": (B200, Request("quantize_nvfp4", "bfloat16"), "mma_f16"),
+    "nvfp4-by-torch-by-name": (
+        RTX50,
+        Request("quantize_nvfp4", "bfloat16", wanted="torch_scaled"),
+        "torch_scaled",
+    ),
+    "nvfp4-without-our-library": (ALONE, Request("gemm_nvfp4", "bfloat16"), "torch_scaled"),
+    "nvfp4-quantized-without-our-library": (ALONE, Request("quantize_nvfp4", "bfloat16"), "torch_scaled"),
+    "nvfp4-off": (ALONE, Request("gemm_nvfp4", "bfloat16", wanted="off"), "reference"),
+    "int4-without-our-library": (ALONE, INT4, "weight_only"),
+    "nvfp4-by-torch-on-ada": (
+        Device("cuda", frozenset({"block_scaled"}), (8, 9)),
         Request("gemm_nvfp4", "bfloat16"),
         "mma_f16",
     ),
@@ -100,6 +120,12 @@ REASONS = {  # device, request, spelling, reason
     "one-capability": (UNPROVEN, INT4, "mma_sm75", "mma.m8n8k32 needs compute capability 7.5, this is 9.0"),
     "self-test": (UNPROVEN, INT4, "wgmma_e4m3", "it failed the self-test"),
     "on-request": (OLD_X86, INT4, "portable", "slower than torch for a whole picture"),
+    "old-torch": (
+        BLACKWELL,
+        Request("gemm_nvfp4", "bfloat16", wanted="mma_f16"),
+        "torch_scaled",
+        "this torch has no block-scaled product",
+    ),
     "prompt": (X86, Request("gemv_awq", "float32", tokens=25), "avx2", "more than 24 tokens"),
     "prompt-on-a-gpu": (ADA, Request("gemv_awq", "bfloat16", tokens=25), "gemv", "more than 24 tokens"),
 }
@@ -149,6 +175,12 @@ EIGHT_BITS_PAY = {  # device, SVDQUANT_KERNELS, answer
 @pytest.mark.parametrize(("device", "wanted", "answer"), EIGHT_BITS_PAY.values(), ids=EIGHT_BITS_PAY)
 def test_where_eight_bits_pay(device, wanted, answer):
     assert select.eight_bits_pay(device, wanted) is answer
+
+
+def test_without_a_library_torch_alone_is_tried():
+    assert [row.name for row in select.to_try(ALONE)] == ["torch_scaled"]
+    assert select.to_try(BROKEN) == [] and select.to_try(NO_COMPILER) == []
+    assert [row.name for row in select.to_try(B200)] == ["torch_scaled", "mma_s8", "mma_f16", "gemv"]
 
 
 def test_nothing_against_what_is_chosen():

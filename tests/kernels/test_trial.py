@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +148,29 @@ def test_a_verdict_is_kept_beside_the_library_and_told_at_every_start(monkeypatc
     assert len(caplog.records) == 2 and "wgmma_e4m3 failed the self-test on NVIDIA H100" in caplog.text
     choice = select.choose(first, select.Request("gemm_int4", "bfloat16"))
     assert choice.spelling == "mma_s8" and choice.against["wgmma_e4m3"] == ("it failed the self-test",)
+
+
+@pytest.mark.usefixtures("card")
+def test_without_a_library_the_verdict_is_about_torch_alone(monkeypatch, tmp_path):
+    """And it stands apart, or a library that is built later would pass for tried."""
+    found = select.Device("cuda", frozenset({select.BLOCK_SCALED}), (12, 0), missing="no compiler")
+    script(monkeypatch, ([{"trying": "torch_scaled"}, DONE], ""), ([DONE], ""))
+    library = tmp_path / "cache" / "svdquant-cuda.so"
+    assert gpu.trusted(found, library, 0) == found
+    kept = [file.name for file in library.parent.iterdir()]
+    assert kept == [f"torch-{torch.__version__}-NVIDIA-H100-80GB-.json"]
+    assert (
+        gpu.trusted(replace(found, missing=""), library, 0).missing == ""
+        and len(list(library.parent.iterdir())) == 2
+    )
+
+
+@pytest.mark.usefixtures("card")
+def test_what_could_not_be_tried_is_not_used(monkeypatch, tmp_path):
+    found = select.Device("cuda", frozenset({select.BLOCK_SCALED}), (12, 0), missing="no compiler")
+    script(monkeypatch, ([], "no driver"))
+    after = gpu.trusted(found, tmp_path / "svdquant-cuda.so", 0)
+    assert after.missing == "no compiler" and after.distrusted == {"torch_scaled"}
 
 
 @pytest.mark.usefixtures("card")
