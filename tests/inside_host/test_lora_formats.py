@@ -93,6 +93,31 @@ def test_xlabs(twins, tmp_path):
     assert compare(twins, xlabs, native, tmp_path).naming == "XLabs"
 
 
+LAST = {
+    "diffusers": (
+        "transformer.norm_out.linear",
+        True,
+    ),  # keeps scale before shift, the host shift before scale
+    "comfyui": ("diffusion_model.final_layer.adaLN_modulation.1", False),
+    "kohya": ("lora_unet_final_layer_adaLN_modulation_1", False),
+}
+
+
+@pytest.mark.parametrize(("module", "swapped"), LAST.values(), ids=LAST)
+def test_the_last_layers_modulation(twins, tmp_path, module, swapped):
+    """A 16-bit layer: the host merges, and rounds to bf16 again, which the twin does not."""
+    host = pair(LAST["comfyui"][0], 2 * H, H)
+    up, down = host.values()
+    stored = torch.cat(up.chunk(2)[::-1]) if swapped else up
+    tails = ("lora_up", "lora_down") if module.startswith("lora_") else ("lora_B", "lora_A")
+    ours = {f"{module}.{tail}.weight": t for tail, t in zip(tails, (stored, down), strict=True)}
+    joined, report = apply(twins.quantized, ours, tmp_path, 0.8)
+    assert (report.layers, report.unmatched) == (1, ())
+    expected = sample(loras.stock(twins.dense, host, 0.8))
+    assert error(expected, sample(twins.dense)) > 0.005
+    assert_close(sample(joined), expected, "host_dense_branch")
+
+
 def test_bias_differences_of_q_and_v(twins, tmp_path):
     """The host forgets these: it has no name for a part of a bias. So the truth is made by hand."""
     tensors = diffusers(dotted("transformer."))
