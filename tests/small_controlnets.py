@@ -78,6 +78,16 @@ def z_image() -> torch.nn.Module:
     return model
 
 
+def qwen_blockwise() -> torch.nn.Module:
+    """A patch of the model that adds to every block, loaded."""
+    from comfy_extras.nodes_model_patch import QwenImageBlockWiseControlNet
+
+    made = {"dtype": torch.bfloat16, "device": "cpu", "operations": comfy.ops.manual_cast}
+    model = QwenImageBlockWiseControlNet(num_layers=2, dim=256, **made)
+    model.load_state_dict(random_weights(model))
+    return model
+
+
 CASES = {"sdxl": sdxl, "qwen-image": qwen, "flux": flux}
 
 

@@ -6,7 +6,7 @@ import comfy.controlnet
 import comfy.model_patcher
 import pytest
 import torch
-from comfy_extras.nodes_model_patch import ZImageFunControlnet
+from comfy_extras.nodes_model_patch import QwenImageDiffsynthControlnet, ZImageFunControlnet
 
 from svdquant_nodes.tests import small_controlnets
 from svdquant_nodes.tests.inside_host import small, twins
@@ -55,4 +55,18 @@ def test_z_images_controlnet_which_is_a_patch_of_the_model(tmp_path):
 
     ours, theirs = draw(both.quantized), draw(both.dense)
     assert error(theirs, small.sample("z-image", both.dense, cfg=2.0, batch=2)) > 1e-2
+    assert_close(ours, theirs, "host_twin")
+
+
+def test_qwen_images_blockwise_controlnet_which_is_a_patch_of_the_model(tmp_path):
+    both, cpu = small.make("qwen-image", tmp_path), torch.device("cpu")
+    control = comfy.model_patcher.CoreModelPatcher(small_controlnets.qwen_blockwise(), cpu, cpu)
+
+    def draw(model):
+        patch = dict(vae=LatentVAE(), image=HINT.movedim(1, -1), strength=0.5)
+        (patched,) = QwenImageDiffsynthControlnet().diffsynth_controlnet(model, control, **patch)
+        return small.sample("qwen-image", patched, cfg=2.0, batch=2)
+
+    ours, theirs = draw(both.quantized), draw(both.dense)
+    assert error(theirs, small.sample("qwen-image", both.dense, cfg=2.0, batch=2)) > 1e-2
     assert_close(ours, theirs, "host_twin")
