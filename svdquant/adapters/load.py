@@ -97,7 +97,7 @@ def make_state_dict(
     """
     layout.register()
     reader, state_dict = _Reader(checkpoint), {}
-    for host, pieces in mapped.linears.items():
+    for host, pieces in sorted(mapped.linears.items(), key=lambda linear: [name for name, _ in linear[1]]):
         stored = [reader.read(name, role) for name, role in pieces]
         parts, bias = assemble(stored, mapped.axes[host])
         if widen_on is not None:
@@ -113,7 +113,10 @@ def make_state_dict(
 
 
 class _Reader:
-    """Decodes stored linears by role; keeps the last one, because a fused one serves several host layers in a row."""
+    """Decodes stored linears by role; keeps the last one, because a fused one serves several host layers.
+
+    So layers that share one must be read in a row.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._name = checkpoint, ""

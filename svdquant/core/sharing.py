@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Quantized = tuple[
-    Tensor, Tensor | None, Tensor
-]  # codes, scales, hidden, as an op set's quantizers return them
+# codes, scales, hidden, as an op set's quantizers return them
+Quantized = tuple[Tensor, Tensor | None, Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+from svdquant_nodes.loaders.detect import open_checkpoint
+from svdquant_nodes.svdquant.adapters import load as host_loading
 from svdquant_nodes.svdquant.adapters.load import load_model
 from svdquant_nodes.svdquant.adapters.operations import quantized_linears
 from svdquant_nodes.svdquant.core.sharing import Slot
@@ -147,6 +149,14 @@ def test_what_is_shared(case, load):
             {"w1", "w3"},
             {"qkv"},
         )
+
+
+@pytest.mark.parametrize("case", ["sdxl", "qwen-image", "z-image"])
+def test_a_linear_that_is_fused_in_the_file_is_decoded_once(case, tmp_path, monkeypatch):
+    decoded, decode = [], host_loading.apply_role
+    monkeypatch.setattr(host_loading, "apply_role", lambda *linear: decoded.append(linear) or decode(*linear))
+    write(case, tmp_path)
+    assert len(decoded) == len(open_checkpoint(tmp_path / "model.safetensors").info)
 
 
 @pytest.mark.parametrize("field", ["smooth", "down"])
