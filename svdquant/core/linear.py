@@ -125,7 +125,7 @@ def quantize(x: Tensor, weights: LinearWeights, ops: ModuleType) -> Quantized:
 
 def multiply(quantized: Quantized, weights: LinearWeights, ops: ModuleType, **to: Any) -> Tensor:
     """A linear's second half: the product of what `quantize` made, branch and bias; `to` as in `linear`."""
-    gemm = {"int4": "gemm_int4", "nvfp4": "gemm_nvfp4", "int8": "gemm_int8"}[weights.spec.format]
+    gemm = f"gemm_{weights.spec.format}"
     return getattr(ops, gemm)(*quantized, weights, **to)
 
 
