@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
+from svdquant_nodes.tests.inside_host import loras
 from svdquant_nodes.tests.inside_host.twins import conditioning, error, sample
 from svdquant_nodes.tests.tolerances import assert_close
 
@@ -105,6 +107,18 @@ def test_compiled_as_the_host_compiles(quantized):
     ]
     set_torch_compile_wrapper(compiled, backend="eager", keys=blocks)
     assert_close(sample(compiled), sample(quantized), "host_twin")
+
+
+@pytest.mark.skipif(not hasattr(ModelPatcher, "deepclone_multigpu"), reason="this host knows no second GPU")
+def test_a_model_of_its_own_for_a_second_gpu_has_the_loras_too(twins):
+    """The host loads the model again for every further GPU; the CPU stands for one."""
+    joined = loras.stock(twins.quantized, loras.kohya())
+    expected = sample(joined)
+    second = joined.deepclone_multigpu(new_load_device=torch.device("cpu"))
+    assert second.model is not joined.model
+    assert torch.equal(sample(second), expected)
+    assert torch.equal(sample(joined), expected)
+    assert error(sample(twins.quantized), expected) > 1e-3
 
 
 def test_saving_is_refused_in_words(quantized, tmp_path):
