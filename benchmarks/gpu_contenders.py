@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..svdquant.core import int4, int8, linear, reference
 from ..svdquant.core.linear import Part
-from ..svdquant.core.weights import AWQ, INT4, NVFP4, LinearWeights
+from ..svdquant.core.weights import AWQ, INT4, INT4_UNSIGNED, NVFP4, LinearWeights
 from ..svdquant.kernels import ops, select
 
 BF16 = torch.bfloat16
+UNCHECKED = ", to the next layer's codes"  # whose results are no outputs
 Contender = Callable[[int], Tensor]  # of a running number, which picks the input and the layer
 
 
@@ -70,6 +71,14 @@ def contenders(work: Work, device: str) -> Iterator[tuple[str, Work, Callable[[W
             work,
             lambda w, row=row: our_product(w, ops.OpSet(row.name)),
         )
+    if work.dense[0].shape[0] > 3 * work.dense[0].shape[1]:  # the first layer of a feed-forward
+        for row in rows_here(device, "gemm_int4_gelu"):
+            yield f"svdquant_{row.name}{UNCHECKED}", work, lambda w, row=row: with_gelu(w, row, True)
+            yield (
+                f"svdquant_{row.beside}{UNCHECKED}, apart",
+                work,
+                lambda w, row=row: with_gelu(w, row, False),
+            )
     yield from by_spelling("gemm_nvfp4", nvfp4_of(work), device, " of nvfp4")
     if any(row.name == select.TORCH_SCALED for row in rows_here(device, "gemm_nvfp4")):
         yield "svdquant_torch_scaled of nvfp4, our quantizer", nvfp4_of(work), torch_scaled
@@ -125,6 +134,24 @@ def torch_scaled(work: Work) -> Contender:
     """Torch's product of block-scaled floats on what the kernels of this device quantize."""
     product = ops.OpSet(select.TORCH_SCALED).gemm_nvfp4
     return ours(work, SimpleNamespace(quantize_nvfp4=ops.quantize_nvfp4, gemm_nvfp4=product))
+
+
+def with_gelu(work: Work, row: select.Spelling, fused: bool) -> Contender:
+    """Quantizer, product, GELU and the next layer's quantizer: in two kernels, or in four."""
+    n, rank = work.dense[0].shape[0], work.layers[0].rank
+    following = [random_layer(64, n, rank, str(w.codes.device)) for w in work.layers]
+    following = [replace(w, spec=INT4_UNSIGNED) for w in following]
+    op_set, whole = ops.OpSet(row.beside), ops.OpSet(row.name)
+
+    def call(i: int) -> Tensor:
+        w, then = (layers[i % len(layers)] for layers in (work.layers, following))
+        made = op_set.quantize_int4(work.x(i), w.smooth, w.down)
+        if fused:
+            return whole.gemm_int4_gelu(*made, w, then, dtype=BF16)[0]
+        x = torch.nn.functional.gelu(op_set.gemm_int4(*made, w, dtype=BF16), approximate="tanh")
+        return op_set.quantize_int4_unsigned(x, then.smooth, then.down, then.spec.act_shift)[0]
+
+    return call
 
 
 def nvfp4_of(work: Work) -> Work:

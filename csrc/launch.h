@@ -80,6 +80,13 @@ struct Gemm {
   Output out;                   // [M, N]
 };
 
+// means: core/reference.py gemm_int4_gelu. The output of one layer and the input of the next meet in registers alone:
+// `product.out` and `next.x` have a dtype, the same bf16 or fp16, and no data.
+struct GemmGelu {
+  Gemm product;
+  Quantize next;  // its m is the product's, its k the product's n
+};
+
 // means: core/reference.py gemm_int8
 struct GemmInt8 {
   int64_t m, n, k, r;
@@ -108,6 +115,7 @@ struct Gemv {
 
 const char* quantize(const Quantize& args, const Launch& launch);
 const char* gemm(const Gemm& args, const Launch& launch);
+const char* gemm_gelu(const GemmGelu& args, const Launch& launch);  // of GPUs only
 const char* gemm_int8(const GemmInt8& args, const Launch& launch);
 const char* gemv_awq(const Gemv& args, const Launch& launch);
 

@@ -194,6 +194,33 @@ Floats addend_of(const std::optional<Tensor>& addend, int64_t m, int64_t n, Tens
   return matrix(*addend, "addend", kept);
 }
 
+// What a 4-bit product multiplies, checked, without where it goes. `kept` owns what had to be copied.
+Gemm product_of(Codes kind, const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
+                const Tensor& weight_scales, const Tensor& up, const std::optional<Tensor>& bias, Tensor (&kept)[7]) {
+  const int64_t m = codes.size(0), n = weight_codes.size(0), k = weight_codes.size(1) * 2, group = group_size(kind);
+  const int64_t r = up.size(-1);
+  check_columns(k);
+  TORCH_CHECK_VALUE(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kByte,
+                    "codes: expected int8 or uint8, got ", codes.scalar_type());
+  check_type(hidden, "hidden", at::kFloat);
+  check_shape(codes, "codes", {m, k});
+  check_shape(scales, "scales", {m, k / group});
+  check_shape(hidden, "hidden", {m, r});
+  check_shape(weight_scales, "weight_scales", {n, k / group});
+  check_shape(up, "up", {n, r});
+  if (bias) check_shape(*bias, "bias", {n});
+  kept[0] = codes.contiguous(), kept[1] = hidden.contiguous(), kept[2] = weight_codes.contiguous();
+  Gemm args = {};
+  args.kind = kind, args.m = m, args.n = n, args.k = k, args.r = r;
+  args.codes = kept[0].const_data_ptr(), args.hidden = kept[1].const_data_ptr<float>();
+  args.weight_codes = kept[2].const_data_ptr<uint8_t>();
+  args.scales = matrix(scales, "scales", kept[3]);
+  args.weight_scales = matrix(weight_scales, "weight_scales", kept[4]);
+  args.up = matrix(up, "up", kept[5]);
+  if (bias) args.bias = vector(*bias, "bias", kept[6]);
+  return args;
+}
+
 void gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
              const Tensor& weight_scales, const std::optional<Tensor>& second_scale, const Tensor& up,
              const std::optional<Tensor>& bias, const std::optional<Tensor>& addend, const Tensor& out,
@@ -209,43 +236,15 @@ void gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tensor
                        {"addend", if_any(addend, codes)},
                        {"out", &out}});
   const OnDevice here(codes);
-  const int64_t m = codes.size(0), n = weight_codes.size(0), k = weight_codes.size(1) * 2, group = group_size(kind);
-  const int64_t r = up.size(-1);
-  check_columns(k);
-  TORCH_CHECK_VALUE(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kByte,
-                    "codes: expected int8 or uint8, got ", codes.scalar_type());
-  check_type(hidden, "hidden", at::kFloat);
-  check_shape(codes, "codes", {m, k});
-  check_shape(scales, "scales", {m, k / group});
-  check_shape(hidden, "hidden", {m, r});
-  check_shape(weight_scales, "weight_scales", {n, k / group});
-  check_shape(up, "up", {n, r});
-  if (bias) check_shape(*bias, "bias", {n});
-  Tensor kept[6];
-  const Output to = output(out, m, n);
-  const Floats added = addend_of(addend, m, n, kept[5]);
-  if (m == 0 || n == 0) return;
-  const Tensor own_codes = codes.contiguous(), own_hidden = hidden.contiguous(), own_weight = weight_codes.contiguous();
-  Gemm args = {kind,
-               m,
-               n,
-               k,
-               r,
-               own_codes.const_data_ptr(),
-               matrix(scales, "scales", kept[0]),
-               own_hidden.const_data_ptr<float>(),
-               own_weight.const_data_ptr<uint8_t>(),
-               matrix(weight_scales, "weight_scales", kept[1]),
-               {},
-               matrix(up, "up", kept[2]),
-               {},
-               added,
-               to};
-  if (bias) args.bias = vector(*bias, "bias", kept[3]);
+  Tensor kept[7], also[2];
+  Gemm args = product_of(kind, codes, scales, hidden, weight_codes, weight_scales, up, bias, kept);
+  args.out = output(out, args.m, args.n);
+  args.addend = addend_of(addend, args.m, args.n, also[0]);
+  if (args.m == 0 || args.n == 0) return;
   if (second_scale) {
-    TORCH_CHECK_VALUE(second_scale->numel() == 1 || second_scale->numel() == n, "second_scale: expected 1 or ", n,
-                      " numbers, got ", second_scale->numel());
-    args.second_scale = vector(*second_scale, "second_scale", kept[4]);
+    TORCH_CHECK_VALUE(second_scale->numel() == 1 || second_scale->numel() == args.n, "second_scale: expected 1 or ",
+                      args.n, " numbers, got ", second_scale->numel());
+    args.second_scale = vector(*second_scale, "second_scale", also[1]);
     if (second_scale->numel() == 1) args.second_scale.stride = 0;
   }
   Scratch scratch = {hidden.options(), {}};
@@ -266,6 +265,54 @@ void gemm_nvfp4(const Tensor& codes, const Tensor& scales, const Tensor& hidden,
   gemm_as(Codes::kE2M1, codes, scales, hidden, weight_codes, weight_scales, second_scale, up, bias, addend, out,
           spelling);
 }
+
+#ifdef SVDQUANT_GPU
+// A product, GELU and the next layer's quantizer, whose codes, scales and hidden values it returns.
+std::tuple<Tensor, Tensor, Tensor> gemm_int4_gelu(const Tensor& codes, const Tensor& scales, const Tensor& hidden,
+                                                  const Tensor& weight_codes, const Tensor& weight_scales,
+                                                  const Tensor& up, const std::optional<Tensor>& bias,
+                                                  const Tensor& smooth, const Tensor& down, double shift,
+                                                  at::ScalarType dtype, std::string spelling) {
+  check_packed(weight_codes);
+  check_device(codes, {{"scales", &scales},
+                       {"hidden", &hidden},
+                       {"weight_codes", &weight_codes},
+                       {"weight_scales", &weight_scales},
+                       {"up", &up},
+                       {"bias", if_any(bias, codes)},
+                       {"next_smooth", &smooth},
+                       {"next_down", &down}});
+  const OnDevice here(codes);
+  const Codes signed_kind = Codes::kInt4;
+  check_type(codes, "codes", at::kChar);
+  Tensor kept[7], also[2];
+  GemmGelu args = {};
+  args.product = product_of(signed_kind, codes, scales, hidden, weight_codes, weight_scales, up, bias, kept);
+  const int64_t m = args.product.m, n = args.product.n, group = group_size(signed_kind), r = down.size(0);
+  TORCH_CHECK_VALUE(n % group == 0, "weight_codes: expected rows in groups of ", group, ", got ", n);
+  check_shape(smooth, "next_smooth", {n});
+  check_shape(down, "next_down", {r, n});
+  Tensor next_codes = at::empty({m, n}, codes.options().dtype(shift ? at::kByte : at::kChar));
+  Tensor next_scales = at::empty({m, n / group}, codes.options().dtype(dtype));
+  Tensor next_hidden = at::empty({m, r}, hidden.options());
+  if (m == 0 || n == 0) return {next_codes, next_scales, next_hidden};
+  args.product.out.dtype = dtype_of(next_scales, "dtype");
+  args.next = {shift ? Codes::kUint4 : signed_kind,
+               m,
+               n,
+               r,
+               {nullptr, args.product.out.dtype, 0},
+               vector(smooth, "next_smooth", also[0]),
+               matrix(down, "next_down", also[1]),
+               static_cast<float>(shift),
+               next_codes.mutable_data_ptr(),
+               next_scales.mutable_data_ptr(),
+               next_hidden.mutable_data_ptr<float>()};
+  Scratch scratch = {hidden.options(), {}};
+  check_launch(gemm_gelu(args, launch(spelling, scratch)), spelling);
+  return {next_codes, next_scales, next_hidden};
+}
+#endif
 
 void gemm_int8_op(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
                   const Tensor& weight_scales, const Tensor& up, const std::optional<Tensor>& bias,
@@ -373,6 +420,9 @@ TORCH_LIBRARY_IMPL(svdquant, SVDQUANT_DEVICE, m) {
   m.impl("gemm_nvfp4", gemm_nvfp4);
   m.impl("gemm_int8", gemm_int8_op);
   m.impl("gemv_awq", gemv_awq_op);
+#ifdef SVDQUANT_GPU
+  m.impl("gemm_int4_gelu", gemm_int4_gelu);
+#endif
 }
 
 }  // namespace svdquant

@@ -9,6 +9,13 @@ namespace {
 
 bool is(const Launch& launch, const char* name) { return !std::strcmp(launch.spelling, name); }
 
+cuda::Product product(const Launch& launch) {
+  for (const char* name : {"mma_s4", "mma_sm75", "gelu_s4", "gelu_sm75"}) {
+    if (is(launch, name)) return cuda::Product::kInt4;
+  }
+  return cuda::Product::kInt8;
+}
+
 }  // namespace
 
 const char* quantize(const Quantize& args, const Launch& launch) {
@@ -22,8 +29,11 @@ const char* gemm(const Gemm& args, const Launch& launch) {
   }
   // For one row of tiles, its pass over the weights would cost more than it saves.
   if (is(launch, "wgmma_e4m3") && args.m > 128) return cuda::gemm_int4_hopper(args, launch);
-  const bool narrow = is(launch, "mma_s4") || is(launch, "mma_sm75");
-  return cuda::gemm_int4(args, narrow ? cuda::Product::kInt4 : cuda::Product::kInt8, launch);
+  return cuda::gemm_int4(args, product(launch), launch);
+}
+
+const char* gemm_gelu(const GemmGelu& args, const Launch& launch) {
+  return cuda::gemm_int4_gelu(args, product(launch), launch);
 }
 
 const char* gemm_int8(const GemmInt8& args, const Launch& launch) {
@@ -36,10 +46,10 @@ const char* gemv_awq(const Gemv& args, const Launch& launch) { return cuda::gemv
 const char* spellings() {
   const int arch = cuda::device_arch();
   if (arch < 75) return "";
-  if (arch < 80) return "mma_sm75 mma_s8 mma_f16 gemv";
-  if (arch == 90) return "wgmma_e4m3 wgmma_s8 mma_s8 mma_f16 gemv";
-  if (arch / 10 == 12) return "mxf4_sm120 mma_s8 mma_f16 gemv";
-  return arch < 90 ? "mma_s4 mma_s8 mma_f16 gemv" : "mma_s8 mma_f16 gemv";
+  if (arch < 80) return "mma_sm75 mma_s8 mma_f16 gemv gelu_sm75";
+  if (arch < 90) return "mma_s4 mma_s8 mma_f16 gemv gelu_s4 gelu_s8";
+  if (arch == 90) return "wgmma_e4m3 wgmma_s8 mma_s8 mma_f16 gemv gelu_s8";
+  return arch / 10 == 12 ? "mxf4_sm120 mma_s8 mma_f16 gemv gelu_s8" : "mma_s8 mma_f16 gemv gelu_s8";
 }
 
 }  // namespace svdquant

@@ -42,15 +42,20 @@ struct Place {
   int64_t row0, column0;  // of the block
   int warp_row, warp_column, g, t;
 
-  __device__ explicit Place(int64_t m) {
-    const int warp = threadIdx.x / 32, row_blocks = static_cast<int>(ceil_div(m, T::kM));
-    row0 = static_cast<int64_t>(blockIdx.x % row_blocks) * T::kM;
-    column0 = static_cast<int64_t>(blockIdx.x / row_blocks) * T::kN;
+  __device__ explicit Place(int64_t m)
+      : Place(blockIdx.x % row_blocks(m), static_cast<int64_t>(blockIdx.x / row_blocks(m))) {}
+
+  __device__ Place(int row_block, int64_t column_block) {
+    const int warp = threadIdx.x / 32;
+    row0 = static_cast<int64_t>(row_block) * T::kM;
+    column0 = column_block * T::kN;
     warp_row = warp / T::kWarpsN * T::kWarpM;
     warp_column = warp % T::kWarpsN * T::kWarpN;
     g = threadIdx.x % 32 / 4;
     t = threadIdx.x % 4;
   }
+
+  static __device__ int row_blocks(int64_t m) { return static_cast<int>(ceil_div(m, T::kM)); }
 };
 
 // One sum per output of a lane: sums[i][j] is the C fragment of product (i, j) of the warp.

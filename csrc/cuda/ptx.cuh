@@ -43,6 +43,12 @@ __device__ __forceinline__ void st_global(T* to, T value) {
   *to = value;
 }
 
+// Global memory that this thread may have written itself.
+template <class T>
+__device__ __forceinline__ T ld_own(const T* from) {
+  return *from;
+}
+
 template <class T>
 __device__ __forceinline__ T ld_shared(const T* from) {
   return *from;
@@ -105,6 +111,9 @@ __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ float round_to_even(float a) { return rintf(a); }
+
+// The one of CUDA's library, which torch's GELU calls.
+__device__ __forceinline__ float hyperbolic_tangent(float a) { return tanhf(a); }
 
 __device__ __forceinline__ float as_float(unsigned bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ unsigned as_bits(float value) { return __float_as_uint(value); }

@@ -4,8 +4,7 @@
 namespace svdquant::cuda {
 
 const char* quantize_int4(const Quantize& args, const Launch& launch) {
-  const QuantizeParams is_signed = {args, 1.0f / 7, -8, 7}, is_unsigned = {args, 1.0f / 15, 0, 15};
-  return choose_quantize<false>(args.kind == Codes::kUint4 ? is_unsigned : is_signed, launch);
+  return choose_quantize<false>(int_params(args), launch);
 }
 
 }  // namespace svdquant::cuda

@@ -20,6 +20,12 @@ const char* choose_rank(const QuantizeParams& p, const Launch& launch) {
   return p.args.r > 32 ? run_quantize<kX, kE2M1, 128>(p, launch) : run_quantize<kX, kE2M1, 32>(p, launch);
 }
 
+// Of signed and unsigned int4.
+inline QuantizeParams int_params(const Quantize& args) {
+  const QuantizeParams is_signed = {args, 1.0f / 7, -8, 7}, is_unsigned = {args, 1.0f / 15, 0, 15};
+  return args.kind == Codes::kUint4 ? is_unsigned : is_signed;
+}
+
 // Why a quantizer cannot run, or nullptr.
 inline const char* refuse(const Quantize& q) {
   if (q.x.dtype == DType::kE4M3) return "activations must be fp32, bf16 or fp16";

@@ -129,6 +129,23 @@ def multiply(quantized: Quantized, weights: LinearWeights, ops: ModuleType, **to
     return getattr(ops, gemm)(*quantized, weights, **to)
 
 
+def feed_forward(
+    x: Tensor,
+    first: LinearWeights,
+    second: LinearWeights,
+    ops: ModuleType,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Two int4 linears with a GELU between, whose activations a kernel need not write down.
+
+    x        [M, K]   bf16 | fp16 | fp32   the activations between are rounded to its dtype
+    returns  [M, N]   `dtype`, rounded once; of `second`
+    """
+    between = ops.gemm_int4_gelu(*quantize(x, first, ops), first, second, dtype=x.dtype)
+    return multiply(between, second, ops, dtype=dtype)
+
+
 Recall = Callable[[Reader, Callable[[], Quantized]], Quantized]  # Slot.recall for one x
 
 
@@ -273,4 +290,23 @@ def forward(
         y = rounded(add_branches(join(flat, parts, ops, recall=recall), flat, beside), x.dtype)
     else:
         y = join(flat, parts, ops, dtype=x.dtype, recall=recall)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+Layer = tuple[Sequence[Part], Sequence[Branch]]  # a host layer's parts, with its bias, and its branches
+
+
+def forward_pair(x: Tensor, first: Layer, second: Layer, ops: ModuleType) -> Tensor | None:
+    """Two host layers of one int4 part each with a GELU between; None where a branch cannot join its part.
+
+    x        [..., K]   fp32 | bf16 | fp16
+    returns  [..., N]   as x; the bits that `forward`, GELU and `forward` give
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    between = flat.new_empty(0, second[0][0].weights.in_features)
+    (one, *more), beside = absorb(flat, *first)
+    (two, *others), beside_too = absorb(between, *second)
+    if more or others or beside or beside_too:
+        return None
+    y = feed_forward(flat, one.weights, two.weights, ops, dtype=x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])

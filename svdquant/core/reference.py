@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 from torch.nn.functional import linear as matmul
 
 from . import awq, fp4, int4, int8
@@ -153,6 +154,33 @@ def gemm_int4(
     y = matmul(x, int4.dequantize_weight(weights.codes, weights.scales))
     y += matmul(hidden, weights.up.float())
     return finished(y, weights.bias, dtype=dtype, out=out, addend=addend)
+
+
+def gemm_int4_gelu(
+    codes: Tensor,
+    scales: Tensor,
+    hidden: Tensor,
+    weights: LinearWeights,
+    following: LinearWeights,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W4A4 GEMM, GELU by tanh, and the activations of the int4 layer that follows: gemm_int4 to quantize_int4.
+
+    codes      [M, K]      int8 | uint8
+    scales     [M, K/64]   any float
+    hidden     [M, R]      fp32
+    following              int4; its K is the N of `weights`
+    dtype                  of the activations between, which are rounded before the GELU and after it
+    returns
+      codes    [M, N]      uint8   int8 where `following` has no act_shift
+      scales   [M, N/64]   `dtype`
+      hidden   [M, R']     fp32
+    """
+    x = gelu(gemm_int4(codes, scales, hidden, weights, dtype=dtype), approximate="tanh")
+    if following.spec.act_shift:
+        return quantize_int4_unsigned(x, following.smooth, following.down, following.spec.act_shift)
+    return quantize_int4(x, following.smooth, following.down)
 
 
 def gemm_nvfp4(

@@ -16,6 +16,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
 from ..core import reference, weight_only
 from ..core.weights import LinearWeights
@@ -33,6 +34,8 @@ SCHEMAS = (
     f"quantize_nvfp4({_ACTS}, str spelling) -> {_QUANTIZED}",
     f"quantize_int8({_ACTS}, float shift, str spelling) -> {_QUANTIZED}",
     f"gemm_int4({_CODES}, Tensor up, {_OUTPUT}",
+    f"gemm_int4_gelu({_CODES}, Tensor up, Tensor? bias, Tensor next_smooth, Tensor next_down, float next_shift, "
+    f"ScalarType dtype, str spelling) -> {_QUANTIZED}",
     f"gemm_nvfp4({_CODES}, Tensor second_scale, Tensor up, {_OUTPUT}",
     f"gemm_int8({_CODES}, Tensor up, {_OUTPUT}",
     f"gemv_awq(Tensor x, Tensor weight_codes, Tensor weight_scales, Tensor zeros, {_OUTPUT}",
@@ -56,6 +59,16 @@ def _fake_product(*_) -> None:
     """Nothing: a product writes into the output that it is given."""
 
 
+def _fake_gemm_gelu(codes, scales, hidden, weight_codes, *rest):
+    *_, down, shift, dtype, _spelling = rest
+    m, n = codes.shape[0], weight_codes.shape[0]
+    return (
+        hidden.new_empty(m, n, dtype=torch.uint8 if shift else torch.int8),
+        hidden.new_empty(m, n // 64, dtype=dtype),
+        hidden.new_empty(m, down.shape[0]),
+    )
+
+
 _FAKES = {
     "quantize_int4": lambda x, s, down, spelling: _fake_quantize(x, down, 64, torch.int8, x.dtype),
     "quantize_int4_unsigned": lambda x, s, down, shift, spelling: _fake_quantize(
@@ -68,6 +81,7 @@ _FAKES = {
         x, down, None, torch.int8, torch.float32
     ),
     **dict.fromkeys(("gemm_int4", "gemm_nvfp4", "gemm_int8", "gemv_awq"), _fake_product),
+    "gemm_int4_gelu": _fake_gemm_gelu,
 }
 
 
@@ -211,6 +225,40 @@ class OpSet:
         )
         return out
 
+    def gemm_int4_gelu(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        following: LinearWeights,
+        *,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """W4A4 GEMM, GELU and the next layer's activations; see core.reference.gemm_int4_gelu."""
+        w, then, shift = weights, following, following.spec.act_shift
+        spelling = select.APART
+        if self._may_fuse(codes, scales, w, then, dtype):
+            spelling = self._choose("gemm_int4_gelu", codes, dtype)
+        if spelling != select.APART:
+            return torch.ops.svdquant.gemm_int4_gelu(
+                *(codes, scales, hidden, w.codes, w.scales, w.up, w.bias),
+                *(then.smooth, then.down, shift, dtype, spelling),
+            )
+        x = gelu(self.gemm_int4(codes, scales, hidden, w, dtype=dtype), approximate="tanh")
+        if shift:
+            return self.quantize_int4_unsigned(x, then.smooth, then.down, shift)
+        return self.quantize_int4(x, then.smooth, then.down)
+
+    @staticmethod
+    def _may_fuse(
+        codes: Tensor, scales: Tensor | None, w: LinearWeights, following: LinearWeights, dtype: torch.dtype
+    ) -> bool:
+        """Whether it is what the fused kernels are written for: signed codes, usual groups, one 16-bit dtype."""
+        usual = w.spec.group == following.spec.group == select.GROUPS["gemm_int4"]
+        one_dtype = following.rank == 0 or following.down.dtype == dtype
+        return scales is not None and codes.dtype == torch.int8 and usual and one_dtype
+
     def gemm_nvfp4(
         self,
         codes: Tensor,
@@ -279,6 +327,7 @@ quantize_int4_unsigned = _default.quantize_int4_unsigned
 quantize_nvfp4 = _default.quantize_nvfp4
 quantize_int8 = _default.quantize_int8
 gemm_int4 = _default.gemm_int4
+gemm_int4_gelu = _default.gemm_int4_gelu
 gemm_nvfp4 = _default.gemm_nvfp4
 gemm_int8 = _default.gemm_int8
 gemv_awq = _default.gemv_awq
@@ -288,6 +337,12 @@ def describe(kind: str, index: int | None = None, *, wide: bool = False) -> str:
     """What computes a W4A4 (or W8A8) layer on a device, in words for a log: "avx2 (not avx512: ...)"."""
     request = select.Request("gemm_int8" if wide else "gemm_int4", "bfloat16")
     return choose(wanted(request), kind, index).sentence()
+
+
+def fuses(op: str, kind: str, index: int | None = None) -> bool:
+    """Whether a device computes a fused op in one kernel, for activations of some dtype."""
+    requests = (wanted(select.Request(op, dtype)) for dtype in ("bfloat16", "float16"))
+    return any(choose(request, kind, index).spelling != select.APART for request in requests)
 
 
 def eight_bits_pay(kind: str, index: int | None = None) -> bool:

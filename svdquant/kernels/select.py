@@ -3,24 +3,34 @@
 A spelling is one way to write the ops for one kind of processor. The table lists all there are, best first on each
 device; the first that has nothing against it is chosen. Where all have, the CPU runs core.reference, which means the
 same to the bit; any other device runs core.weight_only, which is faster there and more accurate than W4A4.
+
+A fused op is several ops in one kernel, which has a row of its own beside the spelling whose product it begins with. It
+runs where that spelling would; elsewhere the ops run apart, one after the other.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 REFERENCE, WEIGHT_ONLY = "reference", "weight_only"  # op sets in plain torch, for any device
 TORCH_SCALED = "torch_scaled"  # in plain torch too, for some GPUs: a row of the table
 BLOCK_SCALED = "block_scaled"  # a GPU's feature: torch multiplies 4-bit floats and their scales
+APART = "apart"  # what a fused op does without a kernel of its own
 QUANTIZERS = ("quantize_int4", "quantize_int4_unsigned", "quantize_nvfp4")
 GEMMS = ("gemm_int4", "gemm_nvfp4")
 FILE_OPS = (*QUANTIZERS, *GEMMS, "gemv_awq")  # for layers as files hold them
 INT8_OPS = ("quantize_int8", "gemm_int8")
-OPS = (*FILE_OPS, *INT8_OPS)
+LAYER_OPS = (*FILE_OPS, *INT8_OPS)  # each a part of one layer
+FUSED_OPS = ("gemm_int4_gelu",)
+OPS = (*LAYER_OPS, *FUSED_OPS)
 # Columns a scale; gemv_awq takes multiples, int8 has one for the whole row.
-GROUPS = {op: 16 if op.endswith("nvfp4") else 64 for op in FILE_OPS} | dict.fromkeys(INT8_OPS)
+GROUPS = (
+    {op: 16 if op.endswith("nvfp4") else 64 for op in FILE_OPS}
+    | dict.fromkeys(INT8_OPS)
+    | dict.fromkeys(FUSED_OPS, 64)
+)
 INT4_OPS = ("quantize_int4", "quantize_int4_unsigned", "gemm_int4")
 NVFP4_OPS = ("quantize_nvfp4", "gemm_nvfp4")
 OLDEST_GPU, NEWEST_GPU = (7, 5), (12, 9)
@@ -72,6 +82,7 @@ class Spelling:
     on_request  why it runs only where it is asked for by name, "" if it may be chosen
     library     whether it is in our library, without which it cannot run
     yields      those of its ops that it does only where no other row can, wherever it stands
+    beside      of a fused op: the spelling that must be the one for gemm_int4, "" of any other
     """
 
     name: str
@@ -82,6 +93,7 @@ class Spelling:
     on_request: str = ""
     library: bool = True
     yields: tuple[str, ...] = ()
+    beside: str = ""
 
 
 def _feature(name: str) -> Callable[[Device], str]:
@@ -119,12 +131,13 @@ def unfit(capability: tuple[int, int], name: str) -> str:
     return ""
 
 
+_HALVES = ("bfloat16", "float16")
 SPELLINGS = (
-    Spelling("avx512", "cpu", OPS, _feature("avx512")),
-    Spelling("avx2", "cpu", OPS, _feature("avx2")),
-    Spelling("neon", "cpu", OPS, _feature("neon")),
+    Spelling("avx512", "cpu", LAYER_OPS, _feature("avx512")),
+    Spelling("avx2", "cpu", LAYER_OPS, _feature("avx2")),
+    Spelling("neon", "cpu", LAYER_OPS, _feature("neon")),
     Spelling(
-        "portable", "cpu", OPS, _feature("portable"), on_request="slower than torch for a whole picture"
+        "portable", "cpu", LAYER_OPS, _feature("portable"), on_request="slower than torch for a whole picture"
     ),
     Spelling("wgmma_e4m3", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma")),
     Spelling("wgmma_s8", "cuda", INT8_OPS, _capability((9, 0), (9, 0), "wgmma")),
@@ -135,6 +148,18 @@ SPELLINGS = (
     Spelling("mma_s8", "cuda", (*INT4_OPS, *INT8_OPS), _capability(OLDEST_GPU, NEWEST_GPU, "mma.s8")),
     Spelling("mma_f16", "cuda", NVFP4_OPS, _capability(OLDEST_GPU, NEWEST_GPU, "mma.f16")),
     Spelling("gemv", "cuda", ("gemv_awq",), _capability(OLDEST_GPU, NEWEST_GPU, "gemv")),
+    Spelling("gelu_s4", "cuda", FUSED_OPS, _capability((8, 0), (8, 9), "mma.s4"), _HALVES, beside="mma_s4"),
+    Spelling(
+        "gelu_sm75",
+        "cuda",
+        FUSED_OPS,
+        _capability((7, 5), (7, 5), "mma.m8n8k32"),
+        _HALVES[1:],
+        beside="mma_sm75",
+    ),
+    Spelling(
+        "gelu_s8", "cuda", FUSED_OPS, _capability((8, 0), NEWEST_GPU, "mma.s8"), _HALVES, beside="mma_s8"
+    ),
 )
 
 
@@ -162,6 +187,7 @@ def choose(device: Device, request: Request) -> Choice:
         against[row.name] = why
     exact = device.type == "cpu" or request.wanted in ("off", REFERENCE)
     plain = REFERENCE if exact and request.wanted != WEIGHT_ONLY else WEIGHT_ONLY
+    plain = APART if request.op in FUSED_OPS else plain
     return Choice(plain, against or {"kernels": (f"none is written for {request.op} on {device.type}",)})
 
 
@@ -183,16 +209,22 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
     wrong_group = group % usual if request.op == "gemv_awq" else group != usual
     limited = request.op == "gemv_awq" and request.wanted != row.name
     too_many = limited and (request.tokens or 0) > MOST_AWQ_TOKENS
+    insists = request.wanted in ("off", row.name) or not row.beside
+    product = row.beside if insists else choose(device, replace(request, op="gemm_int4")).spelling
     unbuilt = row.library and bool(device.missing)
     checks = (
         (bool(row.on_request) and request.wanted != row.name, row.on_request),
         (request.wanted == "off", "SVDQUANT_KERNELS is off"),
-        (request.wanted not in ("auto", "off", row.name), f"SVDQUANT_KERNELS asks for {request.wanted}"),
+        (
+            request.wanted not in ("auto", "off", row.name, row.beside),
+            f"SVDQUANT_KERNELS asks for {request.wanted}",
+        ),
         (unbuilt, device.missing),
         (row.name in device.distrusted, "it failed the self-test"),
         (request.dtype not in row.dtypes, f"activations are {request.dtype}"),
         (wrong_group, f"weight groups of {group} instead of {usual}"),
         (too_many, f"more than {MOST_AWQ_TOKENS} tokens"),
+        (product != row.beside, f"gemm_int4 is computed by {product}"),
     )
     found = [text for wrong, text in checks if wrong]
     lack = "" if unbuilt else row.needs(device)

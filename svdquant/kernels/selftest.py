@@ -36,6 +36,7 @@ class Case:
     rank: int
     dtype: torch.dtype
     eight_bits: bool = False
+    gelu: bool = False  # with a GELU behind it, and the next layer's activations
 
     def __str__(self) -> str:
         return f"{self.m} x {self.n} x {self.k}, rank {self.rank}, {str(self.dtype).removeprefix('torch.')}"
@@ -50,6 +51,8 @@ CASES = (
     Case(NVFP4, 130, 2052, 208, 16, torch.float16),
     Case(INT4, 19, 72, 192, 24, torch.bfloat16, eight_bits=True),
     Case(INT4_UNSIGNED, 130, 2052, 320, 40, torch.float16, eight_bits=True),
+    Case(INT4, 19, 128, 192, 24, torch.bfloat16, gelu=True),
+    Case(INT4, 130, 2112, 64, 40, torch.float16, gelu=True),
     Case(AWQ, 1, 70, 1088, 0, torch.bfloat16),
     Case(AWQ, 11, 33, 192, 0, torch.float16),
 )
@@ -66,13 +69,21 @@ class Fault:
         return f"{self.op} {self.text}"
 
 
-def problem(ops: ModuleType, device: torch.device, names: Collection[str]) -> Fault | None:
+def problem(
+    ops: ModuleType,
+    device: torch.device,
+    names: Collection[str],
+    dtypes: Collection[str] = ("float32", "bfloat16", "float16"),
+) -> Fault | None:
     """The first thing wrong with an op set on a device, None if nothing.
 
-    names  ops to check; a layer is taken when all that it needs are among them
+    names   ops to check; a layer is taken when all that it needs are among them
+    dtypes  of activations
     """
     with torch.inference_mode():
         for seed, case in enumerate(CASES):
+            if str(case.dtype).removeprefix("torch.") not in dtypes:
+                continue
             try:
                 for op, faults in _judge(case, seed, ops, device, names):
                     if faults:
@@ -85,6 +96,8 @@ def problem(ops: ModuleType, device: torch.device, names: Collection[str]) -> Fa
 def _ops_of(case: Case) -> tuple[str, ...]:
     if case.spec.format == "awq":
         return ("gemv_awq",)
+    if case.gelu:
+        return ("gemm_int4_gelu",)
     kind = "int8" if case.eight_bits else case.spec.format
     unsigned = "_unsigned" if kind == "int4" and case.spec.act_shift else ""
     return f"quantize_{kind}{unsigned}", f"gemm_{kind}"
@@ -97,8 +110,11 @@ def _judge(
     called = _ops_of(case)
     if not set(called) <= set(names):
         return
+    if case.gelu:
+        yield from _judge_gelu(case, seed, ops, device)
+        return
     x, weights = _inputs(case, torch.Generator().manual_seed(seed))
-    there = replace(weights, **{name: t.to(device) for name, t in weights.tensors().items()})
+    there = _moved(weights, device)
     inputs = (x,)
     if len(called) == 2:
         shift = (case.spec.act_shift,) if case.spec.act_shift else ()
@@ -121,6 +137,24 @@ def _wrong_as_part(product: Callable[..., Tensor], dtype: torch.dtype, want: Ten
     if wide[:, :3].any() or wide[:, 3 + n :].any():
         return "wrote beside its columns"
     return _far(wide[:, 3 : 3 + n], 2 * want.cpu())
+
+
+def _judge_gelu(case: Case, seed: int, ops: ModuleType, device: torch.device) -> Iterator[tuple[str, str]]:
+    """Sums in another order round some activations to their other neighbour, so codes may be one off, but few."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weights = _inputs(case, generator)
+    _, following = _inputs(replace(case, spec=INT4_UNSIGNED, n=64, k=case.n), generator)
+    inputs = reference.quantize_int4(x, weights.smooth, weights.down)
+    want = reference.gemm_int4_gelu(*inputs, weights, following, dtype=case.dtype)
+    layers = _moved(weights, device), _moved(following, device)
+    got = ops.gemm_int4_gelu(*(t.to(device) for t in inputs), *layers, dtype=case.dtype)
+    yield "gemm_int4_gelu", _neighbours(got[0], want[0])
+    for mine, right in zip(got[1:], want[1:], strict=True):
+        yield "gemm_int4_gelu", _far(mine, right.float(), LIMITS[case.dtype])
+
+
+def _moved(weights: LinearWeights, device: torch.device) -> LinearWeights:
+    return replace(weights, **{name: t.to(device) for name, t in weights.tensors().items()})
 
 
 def _inputs(case: Case, generator: torch.Generator) -> tuple[Tensor, LinearWeights]:
@@ -156,7 +190,16 @@ def _different(got: Tensor, want: Tensor, what: str) -> str:
     return f"gave {wrong} of {want.numel()} {what} wrong" if wrong else ""
 
 
-def _far(got: Tensor, want: Tensor) -> str:
+def _neighbours(got: Tensor, want: Tensor) -> str:
+    """Whether codes are right but for one in a hundred, and no code further off than one."""
+    if (got.dtype, got.shape) != (want.dtype, want.shape):
+        return _different(got, want, "codes")
+    apart = (got.cpu().int() - want.int()).abs()
+    wrong, most = int((apart > 0).sum()), int(apart.max())
+    return f"gave {wrong} of {want.numel()} codes wrong" if most > 1 or wrong > want.numel() // 100 else ""
+
+
+def _far(got: Tensor, want: Tensor, limit: float | None = None) -> str:
     """Compares with fp32 numbers what may be of 16 bits."""
     if got.shape != want.shape:
         return f"gave a shape of {list(got.shape)}, expected {list(want.shape)}"
@@ -165,6 +208,6 @@ def _far(got: Tensor, want: Tensor) -> str:
     error, size = float((got.cpu().float() - want).abs().max()), float(want.abs().max())
     return (
         ""
-        if error <= LIMITS[got.dtype] * size
+        if error <= (limit or LIMITS[got.dtype]) * size
         else f"is off by {error:.3g} where {size:.3g} is the largest number"
     )

@@ -42,6 +42,7 @@ Gemm = _struct(
     **dict.fromkeys(("weight_scales", "second_scale", "up", "bias", "addend"), Floats),
     out=Output,
 )
+GemmGelu = _struct("GemmGelu", product=Gemm, next=Quantize)
 GemmInt8 = _struct(
     "GemmInt8",
     **dict.fromkeys("mnkr", _SIZE),

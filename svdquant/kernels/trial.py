@@ -31,7 +31,7 @@ def run(found: select.Device, where: torch.device, skipped: Collection[str]) -> 
         if row.name in skipped:
             continue
         _say(trying=row.name)
-        fault = selftest.problem(Trial(found, row.name), where, row.ops)
+        fault = selftest.problem(Trial(found, row.name), where, row.ops, row.dtypes)
         if fault:
             _say(fault=str(fault))
         if where.type == "cuda":

@@ -63,6 +63,33 @@ def test_one_linear_of_each_format(name, dtype):
     assert_close(y, layers.forward(x, w), "fp32_sum")
 
 
+@pytest.mark.parametrize("following", ["int4", "int4-unsigned"])
+@pytest.mark.parametrize("dtype", layers.DTYPES)
+def test_feed_forward_is_two_linears_with_a_gelu_between(dtype, following):
+    """To the bit: what is between them is rounded as the host's own layers round it."""
+    kind = layers.DTYPES[dtype]
+    first = layers.random_linear("int4", 128, 64, 8, dtype=kind)
+    second = layers.random_linear(following, 40, 128, 8, dtype=kind, seed=5)
+    x = layers.random(7, 64, seed=9, dtype=kind)
+    between = linear.linear(x, first, reference, dtype=kind)
+    between = torch.nn.functional.gelu(between, approximate="tanh")
+    want = linear.linear(between, second, reference, dtype=kind)
+    assert torch.equal(linear.feed_forward(x, first, second, reference, dtype=kind), want)
+
+
+def test_feed_forward_against_exact_arithmetic():
+    """fp32 activations, with the GELU of the textbook."""
+    first, second = (
+        layers.random_linear(name, n, k, 8, dtype=torch.float32, seed=n)
+        for name, n, k in (("int4", 64, 128), ("int4-unsigned", 32, 64))
+    )
+    x = layers.random(7, 128, seed=9)
+    y = layers.forward(x, first)
+    gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    want = layers.forward(torch.from_numpy(gelu).float(), second)
+    assert_close(linear.feed_forward(x, first, second, reference), want, "fp32_sum")
+
+
 @pytest.mark.parametrize("name", [*layers.FORMATS, *layers.EIGHT_BITS])
 def test_ops_are_the_ones_given(name):
     """Every product comes from the op set that was handed in, and from nowhere else."""

@@ -28,6 +28,7 @@ from svdquant_nodes.svdquant.kernels.structs import (
     KINDS,
     Floats,
     Gemm,
+    GemmGelu,
     GemmInt8,
     Gemv,
     Output,
@@ -56,7 +57,7 @@ class KernelError(RuntimeError):
     """A kernel did what a GPU leaves undefined, or refused its arguments."""
 
 
-STRUCTS = (Floats, Quantize, Gemm, GemmInt8, Gemv)
+STRUCTS = (Floats, Quantize, Gemm, GemmInt8, Gemv, GemmGelu)
 
 
 @functools.cache
@@ -175,6 +176,37 @@ class Kernels:
         self._call(f"gemm_by_{product}", args, read=read, written=(out,))
         return out
 
+    def gemm_gelu(
+        self,
+        product: str,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        following: LinearWeights,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        walk: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As core.reference.gemm_int4_gelu; `product` is int4 or int8, `walk` how many tiles a block takes."""
+        (m, k), n, w, then = codes.shape, weights.out_features, weights, following
+        kind, code_type = ("int4-unsigned", torch.uint8) if then.spec.act_shift else ("int4", torch.int8)
+        made = (
+            _poisoned(m, n, dtype=code_type),
+            _poisoned(m, n // 64, dtype=dtype),
+            _poisoned(m, then.rank, dtype=torch.float32),
+        )
+        factors = (_floats(w.scales), _floats(None), _floats(w.up), _floats(w.bias), _floats(None))
+        pointers = _data(codes), _floats(scales), _data(hidden), _data(w.codes)
+        own = KINDS["int4-unsigned" if codes.dtype == torch.uint8 else "int4"]
+        first = Gemm(own, m, n, k, w.rank, *pointers, *factors, Output(None, DTYPES[dtype], 0))
+        floats = Floats(None, DTYPES[dtype], 0), _floats(then.smooth), _floats(then.down)
+        behind = Quantize(KINDS[kind], m, n, then.rank, *floats, then.spec.act_shift, *map(_data, made))
+        name, rest = ("gemm_gelu_walking", [walk]) if walk else (f"gemm_gelu_by_{product}", [])
+        read = (codes, scales, hidden, w.codes, w.scales, w.up, w.bias, then.smooth, then.down)
+        self._call(name, GemmGelu(first, behind), *rest, read=read, written=made)
+        return made
+
     def gemm_int8(
         self,
         codes: Tensor,
@@ -281,6 +313,18 @@ class EmulatedOps:
         kind = "int4-unsigned" if codes.dtype == torch.uint8 else "int4"
         return self._kernels().gemm("", kind, codes, scales, hidden, weights, **to)
 
+    def gemm_int4_gelu(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        following: LinearWeights,
+        *,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._kernels().gemm_gelu("", codes, scales, hidden, weights, following, dtype=dtype)
+
     def gemm_nvfp4(
         self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object
     ) -> Tensor:
@@ -307,5 +351,7 @@ class Entered(Kernels):
     spelling: str = ""
 
     def _call(self, name: str, *args: object, **tensors: tuple[Tensor | None, ...]) -> None:
-        entry = "enter_gemm_w8a8" if name == "gemm_w8a8" else f"enter_{name.partition('_')[0]}"
+        whole = ("gemm_w8a8", "gemm_gelu")
+        kind = next((x for x in whole if name.startswith(x)), name.partition("_")[0])
+        entry = f"enter_{kind}"
         super()._call(entry, self.spelling.encode(), *args, **tensors)

@@ -56,7 +56,7 @@ def lora(n=200, k=256, rows=ALL, columns=ALL, rank=16, dtype=torch.bfloat16):
     return Branch(down, layers.random(height, rank, seed=2, dtype=dtype), 0.75, rows, columns)
 
 
-@pytest.mark.parametrize("op", select.OPS)
+@pytest.mark.parametrize("op", select.LAYER_OPS)
 def test_a_kernel_is_chosen(op):
     """Nothing below would fail if plain torch ran instead."""
     assert ops.choose(select.Request(op, "bfloat16"), "cuda").spelling not in ops.PLAIN
@@ -179,6 +179,99 @@ def test_compiles_without_a_break(name):
         for m in (5, 40):
             x = tokens(name, m).cuda()
             assert_close(compiled(x), run(x), "bf16_output")
+
+
+# ---- a GELU between two layers, by every kernel for it that the card has ----
+
+
+def fused_rows():
+    here = ops.device("cuda")
+    rows = [row for row in select.SPELLINGS if row.ops == select.FUSED_OPS and not row.needs(here)]
+    return [row for row in rows if row.name not in here.distrusted]
+
+
+def test_a_fused_kernel_is_chosen_where_its_product_is():
+    product = ops.choose(select.Request("gemm_int4", "float16"), "cuda").spelling
+    fused = ops.choose(select.Request("gemm_int4_gelu", "float16"), "cuda").spelling
+    assert fused == next((row.name for row in fused_rows() if row.beside == product), select.APART)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("m", "n"),
+    [(0, 256), (1, 256), (17, 256), (129, 256), (130, 2112), (4100, 12288)],
+    ids=["empty", "m=1", "m=17", "m=129", "large-tile", "flux-with-walks"],
+)
+def test_together_and_apart(m, n, dtype):
+    """The very codes, but for activations at which two compilers' tanh part and bf16 rounds apart: next to none."""
+    kind, k = layers.DTYPES[dtype], 256
+    first, then = (
+        on_gpu(layers.random_linear(*a, dtype=kind))
+        for a in (("int4", n, k, 32), ("int4-unsigned", 64, n, 24))
+    )
+    made = ops.quantize_int4(layers.random(m, k, seed=7, dtype=kind).cuda(), first.smooth, first.down)
+    rows = [row for row in fused_rows() if str(kind).removeprefix("torch.") in row.dtypes]
+    for row in rows:
+        got = ops.OpSet(row.name).gemm_int4_gelu(*made, first, then, dtype=kind)
+        x = torch.nn.functional.gelu(
+            ops.OpSet(row.beside).gemm_int4(*made, first, dtype=kind), approximate="tanh"
+        )
+        want = ops.OpSet(row.beside).quantize_int4_unsigned(x, then.smooth, then.down, then.spec.act_shift)
+        assert got[0].dtype == torch.uint8 and got[1].dtype == kind
+        wrong = (got[0].int() - want[0].int()).abs()
+        assert not m or (wrong.max() <= 1 and wrong.float().mean() < 1e-4)
+        assert_close(got[1], want[1], f"{dtype}_output")
+        assert_close(got[2], want[2], f"{dtype}_output")
+
+
+def test_fused_kernels_pass_opcheck_and_repeat_themselves():
+    first, then = (
+        on_gpu(layers.random_linear("int4", 256, 128, 16)),
+        on_gpu(layers.random_linear("int4-unsigned", 64, 256, 16)),
+    )
+    made = ops.quantize_int4(
+        layers.random(40, 128, seed=7, dtype=torch.bfloat16).cuda(), first.smooth, first.down
+    )
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for row in fused_rows():
+        kind = getattr(torch, row.dtypes[0])
+        made_so = made[0], made[1].to(kind), made[2]
+        tensors = *made_so, first.codes, first.scales, first.up, first.bias, then.smooth, then.down.to(kind)
+        arguments = (*tensors, then.spec.act_shift, kind, row.name)
+        op = torch.ops.svdquant.gemm_int4_gelu
+        torch.library.opcheck(op, arguments, test_utils=checks)
+        assert all(torch.equal(a, b) for a, b in zip(op(*arguments), op(*arguments), strict=True))
+
+
+def test_a_fused_layer_inside_a_cuda_graph():
+    first, then = (
+        on_gpu(layers.random_linear("int4", 2112, 128, 16)),
+        on_gpu(layers.random_linear("int4-unsigned", 64, 2112, 16)),
+    )
+    x, other = (layers.random(130, 128, seed=s, dtype=torch.bfloat16).cuda() for s in (7, 8))
+    for row in fused_rows():
+        if "bfloat16" not in row.dtypes:
+            continue
+        op_set = Fused(row)
+        want = linear.feed_forward(other, first, then, op_set)
+        now = x.clone()
+        linear.feed_forward(now, first, then, op_set)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = linear.feed_forward(now, first, then, op_set)
+        now.copy_(other)
+        graph.replay()
+        assert torch.equal(y, want)
+
+
+class Fused:
+    """The op set that insists on one fused kernel and on the spelling it stands beside."""
+
+    def __init__(self, row):
+        self.fused, self.rest = ops.OpSet(row.name), ops.OpSet(row.beside)
+
+    def __getattr__(self, op):
+        return getattr(self.fused if op in select.FUSED_OPS else self.rest, op)
 
 
 LORAS = {

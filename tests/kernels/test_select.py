@@ -19,6 +19,7 @@ B200 = Device("cuda", features=frozenset({"block_scaled"}), capability=(10, 0))
 ALONE = Device("cuda", frozenset({"block_scaled"}), (12, 0), missing="no compiler")  # no library of ours
 BROKEN = Device("cuda", capability=(8, 9), missing="the self-test failed")
 INT4, INT8 = Request("gemm_int4", "bfloat16"), Request("gemm_int8", "bfloat16")
+GELU = Request("gemm_int4_gelu", "bfloat16")
 
 CHOICES = {  # device, request, spelling
     "best-of-three": (X86, INT4, "avx512"),
@@ -82,6 +83,28 @@ CHOICES = {  # device, request, spelling
     "int8-on-a-cpu": (X86, INT8, "avx512"),
     "int8-on-arm": (ARM, Request("quantize_int8", "bfloat16"), "neon"),
     "int8-of-fp64": (X86, Request("quantize_int8", "float64"), "reference"),
+    "gelu-on-turing": (TURING, Request("gemm_int4_gelu", "float16"), "gelu_sm75"),
+    "gelu-of-bf16-on-turing": (TURING, Request("gemm_int4_gelu", "bfloat16"), "apart"),
+    "gelu-on-ampere": (AMPERE, GELU, "gelu_s4"),
+    "gelu-of-fp32": (AMPERE, Request("gemm_int4_gelu", "float32"), "apart"),
+    "gelu-by-eight-bits": (ADA, Request("gemm_int4_gelu", "bfloat16", wanted="mma_s8"), "gelu_s8"),
+    "gelu-by-name": (ADA, Request("gemm_int4_gelu", "bfloat16", wanted="gelu_s8"), "gelu_s8"),
+    "gelu-that-failed": (
+        Device("cuda", capability=(8, 9), distrusted=frozenset({"gelu_s4"})),
+        GELU,
+        "apart",
+    ),
+    "gelu-behind-a-product-that-failed": (
+        Device("cuda", capability=(8, 9), distrusted=frozenset({"mma_s4"})),
+        GELU,
+        "gelu_s8",
+    ),
+    "gelu-on-hopper": (H100, GELU, "apart"),
+    "gelu-on-hopper-that-failed": (UNPROVEN, GELU, "gelu_s8"),
+    "gelu-on-blackwell": (BLACKWELL, GELU, "gelu_s8"),
+    "gelu-on-a-cpu": (X86, GELU, "apart"),
+    "gelu-off": (ADA, Request("gemm_int4_gelu", "bfloat16", wanted="off"), "apart"),
+    "gelu-without-kernels": (BROKEN, GELU, "apart"),
     "gpu-that-may-not": (BROKEN, INT4, "weight_only"),
     "device-without-kernels": (Device("mps"), INT4, "weight_only"),
     "device-without-kernels-exact": (
@@ -126,6 +149,15 @@ REASONS = {  # device, request, spelling, reason
         "torch_scaled",
         "this torch has no block-scaled product",
     ),
+    "fused-beside-another": (H100, GELU, "gelu_s8", "gemm_int4 is computed by wgmma_e4m3"),
+    "fused-dtype": (TURING, GELU, "gelu_sm75", "activations are bfloat16"),
+    "fused-by-another-name": (
+        ADA,
+        Request("gemm_int4_gelu", "bfloat16", wanted="mma_s8"),
+        "gelu_s4",
+        "SVDQUANT_KERNELS asks for mma_s8",
+    ),
+    "fused-on-a-cpu": (X86, GELU, "kernels", "none is written for gemm_int4_gelu on cpu"),
     "prompt": (X86, Request("gemv_awq", "float32", tokens=25), "avx2", "more than 24 tokens"),
     "prompt-on-a-gpu": (ADA, Request("gemv_awq", "bfloat16", tokens=25), "gemv", "more than 24 tokens"),
 }
@@ -180,7 +212,13 @@ def test_where_eight_bits_pay(device, wanted, answer):
 def test_without_a_library_torch_alone_is_tried():
     assert [row.name for row in select.to_try(ALONE)] == ["torch_scaled"]
     assert select.to_try(BROKEN) == [] and select.to_try(NO_COMPILER) == []
-    assert [row.name for row in select.to_try(B200)] == ["torch_scaled", "mma_s8", "mma_f16", "gemv"]
+    assert [row.name for row in select.to_try(B200)] == [
+        "torch_scaled",
+        "mma_s8",
+        "mma_f16",
+        "gemv",
+        "gelu_s8",
+    ]
 
 
 def test_nothing_against_what_is_chosen():
@@ -203,6 +241,13 @@ def test_sentence():
 def test_every_op_is_one_of_the_reference():
     assert all(callable(getattr(reference, op)) for op in select.OPS)
     assert {op for row in select.SPELLINGS for op in row.ops} == set(select.OPS)
+
+
+def test_a_fused_row_stands_beside_a_product():
+    products = {row.name for row in select.SPELLINGS if "gemm_int4" in row.ops}
+    fused = [row for row in select.SPELLINGS if set(row.ops) & set(select.FUSED_OPS)]
+    assert {row.beside for row in fused} <= products
+    assert not any(row.beside for row in select.SPELLINGS if row not in fused)
 
 
 def test_names_are_unique_and_differ_from_the_settings():

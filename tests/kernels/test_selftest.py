@@ -69,6 +69,17 @@ FAULTS = {  # op, how its results are spoilt, what is said
         lambda y: y if y.is_contiguous() else y.mul_(0.5),
         "gemv_awq is off by",
     ),
+    "a-code-after-a-gelu": (
+        "gemm_int4_gelu",
+        result(0, 100),
+        "gemm_int4_gelu gave 1 of 2432 codes wrong (19 x 128 x 192",
+    ),
+    "all-codes-one-too-many": (
+        "gemm_int4_gelu",
+        lambda made: (made[0] + 1, *made[1:]),
+        "gemm_int4_gelu gave 2432 of 2432 codes wrong",
+    ),
+    "a-scale-after-a-gelu": ("gemm_int4_gelu", result(1, 9.0), "gemm_int4_gelu is off by"),
     "eight-bits": ("gemm_int8", lambda y: poke(y, torch.inf), "gemm_int8 is off by inf"),
     "cuda-error": (
         "gemv_awq",
@@ -116,9 +127,14 @@ def test_the_kernels_of_this_processor_pass():
 @pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
 @pytest.mark.parametrize(
     ("spelling", "arch"),
-    [("mma_sm75", 75), ("mma_s4", 80), ("mma_s8", 90), ("wgmma_e4m3", 90), ("mxf4_sm120", 120)],
+    [
+        *(("mma_sm75", 75), ("mma_s4", 80), ("mma_s8", 90), ("wgmma_e4m3", 90), ("mxf4_sm120", 120)),
+        *(("gelu_sm75", 75), ("gelu_s4", 80), ("gelu_s8", 120)),
+    ],
 )
 def test_the_kernels_of_a_gpu_pass_when_emulated(monkeypatch, spelling, arch):
     """Small tiles only: the emulator takes a second for a large one."""
-    monkeypatch.setattr(selftest, "CASES", [case for case in selftest.CASES if case.n < 100])
-    assert selftest.problem(EmulatedOps(arch, spelling), CPU, select.OPS) is None
+    row = next(row for row in select.SPELLINGS if row.name == spelling)
+    fused = bool(row.beside)
+    monkeypatch.setattr(selftest, "CASES", [c for c in selftest.CASES if c.n < 130 and c.gelu == fused])
+    assert selftest.problem(EmulatedOps(arch, spelling), CPU, select.OPS, row.dtypes) is None

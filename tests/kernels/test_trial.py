@@ -90,13 +90,12 @@ def run_here(capsys, skipped=()):
 @pytest.mark.usefixtures("kernels")
 def test_a_trial_calls_every_spelling_that_there_is(capsys, monkeypatch):
     called = []
-    monkeypatch.setattr(
-        selftest, "problem", lambda op_set, where, names: called.append((op_set.wanted, where.type, names))
-    )
+    monkeypatch.setattr(selftest, "problem", lambda op_set, *rest: called.append((op_set.wanted, *rest)))
     said = run_here(capsys, skipped={"portable"})
     rows = [row for row in select.SPELLINGS if row.device == "cpu" and row.name in ops.device("cpu").features]
-    assert called == [(row.name, "cpu", row.ops) for row in rows if row.name != "portable"]
-    assert said == [*({"trying": name} for name, _, _ in called), DONE]
+    cpu = torch.device("cpu")
+    assert called == [(row.name, cpu, row.ops, row.dtypes) for row in rows if row.name != "portable"]
+    assert said == [*({"trying": name} for name, *_ in called), DONE]
 
 
 @pytest.mark.usefixtures("kernels")

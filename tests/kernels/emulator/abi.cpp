@@ -1,5 +1,5 @@
 // What the tests call, by ctypes.
-#include "run_gemm.cuh"
+#include "run_gemm_gelu.cuh"
 #include "scratch.h"
 
 using namespace svdquant;
@@ -17,7 +17,8 @@ void forget() { Block::current().ranges.clear(); }
 void run_backwards(bool yes) { Block::current().backwards = yes; }
 
 int size_of_struct(int which) {
-  const int sizes[] = {sizeof(Floats), sizeof(Quantize), sizeof(Gemm), sizeof(GemmInt8), sizeof(Gemv)};
+  const int sizes[] = {sizeof(Floats), sizeof(Quantize), sizeof(Gemm), sizeof(GemmInt8),
+                       sizeof(Gemv),   sizeof(GemmGelu)};
   return sizes[which];
 }
 
@@ -29,6 +30,20 @@ const char* gemm_by_nvfp4(const Gemm* args) { return cuda::gemm_nvfp4(*args, {})
 const char* gemm_by_mxf4(const Gemm* args) { return cuda::gemm_mxf4(*args, {}); }
 const char* gemm_by_int4(const Gemm* args) { return cuda::gemm_int4(*args, cuda::Product::kInt4, {}); }
 const char* gemm_by_int8(const Gemm* args) { return cuda::gemm_int4(*args, cuda::Product::kInt8, {}); }
+const char* gemm_gelu_by_int4(const GemmGelu* args) {
+  emulator::Scratch scratch;
+  return cuda::gemm_int4_gelu(*args, cuda::Product::kInt4, scratch.launch(""));
+}
+const char* gemm_gelu_by_int8(const GemmGelu* args) {
+  emulator::Scratch scratch;
+  return cuda::gemm_int4_gelu(*args, cuda::Product::kInt8, scratch.launch(""));
+}
+// With as many tiles a block as are asked for; otherwise only large outputs have more than one.
+const char* gemm_gelu_walking(const GemmGelu* args, int walk) {
+  emulator::Scratch scratch;
+  const cuda::GeluParams p = {args->product, cuda::int_params(args->next), nullptr, walk};
+  return cuda::run_gemm_gelu<cuda::SmallTile, cuda::Int8Product, DType::kBF16>(p, scratch.launch(""));
+}
 const char* gemm_w8a8(const GemmInt8* args) { return cuda::gemm_int8(*args, {}); }
 const char* gemv(const Gemv* args) { return cuda::gemv_awq(*args, {}); }
 
@@ -38,9 +53,14 @@ const char* enter_gemm(const char* spelling, const Gemm* args) {
   emulator::Scratch scratch;
   return gemm(*args, scratch.launch(spelling));
 }
+const char* enter_gemm_gelu(const char* spelling, const GemmGelu* args) {
+  emulator::Scratch scratch;
+  return gemm_gelu(*args, scratch.launch(spelling));
+}
 const char* enter_gemm_w8a8(const char* spelling, const GemmInt8* args) { return gemm_int8(*args, {spelling}); }
 const char* enter_gemv(const char* spelling, const Gemv* args) { return gemv_awq(*args, {spelling}); }
 const char* list_spellings() { return spellings(); }
 
+int tiles_a_walk(int64_t row_blocks, int64_t tiles) { return cuda::tiles_a_walk(row_blocks, tiles); }
 bool prefers_small_tile(int64_t m, int64_t n) { return cuda::prefers_small<cuda::LargeTile>(m, n); }
 }

@@ -49,6 +49,12 @@ void st_global(T* to, T value) {
 }
 
 template <class T>
+T ld_own(const T* from) {
+  Block::current().check_global(from, sizeof(T), false);
+  return *from;
+}
+
+template <class T>
 T ld_shared(const T* from) {
   Block::current().read_shared(from, sizeof(T));
   return *from;
@@ -126,6 +132,7 @@ inline float multiply(float a, float b) { return not_poison(a * b); }
 inline float add(float a, float b) { return not_poison(a + b); }
 inline float fused_multiply_add(float a, float b, float c) { return not_poison(std::fma(a, b, c)); }
 inline float round_to_even(float a) { return std::nearbyint(a); }
+inline float hyperbolic_tangent(float a) { return std::tanh(a); }
 
 inline unsigned pick_bytes(unsigned a, unsigned b, unsigned selector) {
   const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
