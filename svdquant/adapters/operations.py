@@ -6,6 +6,8 @@ dict entry is a quantized tensor; otherwise it stays the host's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import comfy.float
@@ -15,7 +17,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
 from ..core import linear as core
-from ..core.linear import Branch
+from ..core.linear import Branch, Layer
 from ..core.sharing import Slot
 from .layout import dense, parts_of, shift_compensation, unpack, with_branches
 from .residence import Residence
@@ -106,15 +108,8 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         """[..., K] -> [..., N] in x's dtype."""
         if not self.quantized:
             return super().forward(x, *args, **kwargs)
-        comfy.ops.run_every_op()
-        weight, bias, stream = comfy.ops.cast_bias_weight(
-            self,
-            dtype=self.weight.dtype,
-            device=x.device,
-            bias_dtype=None if self.bias is None else self.bias.dtype,
-            offloadable=True,
-        )
-        branches = self.residence.at(x.device, image=getattr(self, "_v_signature", None) is not None)
+        weight, bias, stream = self._cast(x.device)
+        branches = self._branches_at(x.device)
         if self.wrappers or not isinstance(weight, QuantizedTensor):
             y = self._forward_dense(x, weight, bias, branches)
         else:
@@ -128,6 +123,43 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             self.slot.forget()
             return None
         return self.slot
+
+    def _cast(self, device: torch.device):
+        """The weight and the bias on the device of a product, and what the host wants back afterwards."""
+        comfy.ops.run_every_op()
+        return comfy.ops.cast_bias_weight(
+            self,
+            dtype=self.weight.dtype,
+            device=device,
+            bias_dtype=None if self.bias is None else self.bias.dtype,
+            offloadable=True,
+        )
+
+    def _branches_at(self, device: torch.device) -> tuple[Branch, ...]:
+        return self.residence.at(device, image=getattr(self, "_v_signature", None) is not None)
+
+    def alone(self, device: torch.device) -> bool:
+        """Whether a product there takes the 4-bit weight from memory of its own, with nothing beside it but rank.
+
+        A weight that is streamed for each step lies in a buffer that other layers use too.
+        """
+        rank = all(branch.up is not None and branch.kron is None for branch in self.branches)
+        return self.quantized and not self.wrappers and rank and not self._streamed(device)
+
+    def _streamed(self, device: torch.device) -> bool:
+        if hasattr(self, "_v"):  # dynamic VRAM: the signature is that of an image in VRAM of its own
+            return getattr(self, "_v_signature", None) is None
+        return any(t is not None and t.device != device for t in (self.weight, self.bias))
+
+    @contextmanager
+    def lent(self, device: torch.device) -> Iterator[Layer | None]:
+        """Parts and branches as a product there takes them, None where the host hands over a dense weight."""
+        weight, bias, stream = self._cast(device)
+        try:
+            whole = isinstance(weight, QuantizedTensor)
+            yield (parts_of(weight, bias), self._branches_at(device)) if whole else None
+        finally:
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
     def _forward_dense(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branch, ...]
