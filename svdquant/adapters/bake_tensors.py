@@ -22,7 +22,7 @@ from . import fold
 from .bake_adapter import MAX_RANK
 from .conventions import straighten
 from .families import apply_role, resolve
-from .family import take_share
+from .family import rows_of_share, take_share
 from .fold import PREFIX, Piece, Place
 
 _TWIN = (
@@ -93,13 +93,16 @@ class Base:
         if host in self.mapped.linears:
             last = self.pieces(host)[-1]
             return last.rows.stop, last.columns.stop
-        shapes = [self.checkpoint.plain_info[name].shape for name in self.mapped.plain[host].names]
-        return sum(shape[0] for shape in shapes), math.prod(shapes[0][1:])
+        where = self.mapped.plain[host]
+        shapes = [self.checkpoint.plain_info[name].shape for name in where.names]
+        _, count = where.share or (0, 1)
+        return sum(shape[0] for shape in shapes) // count, math.prod(shapes[0][1:])
 
     def merges(self, host: str) -> bool:
-        """Whether a layer is a 16-bit one, stored as the host has it, so that its weight takes any difference."""
+        """Whether a layer is a 16-bit one, or rows of one, stored as the host has it: it takes any difference."""
         where = self.mapped.plain.get(host)
-        return where is not None and len(where.names) == 1 and where.change is None
+        as_it_is = where is not None and (where.change is None or where.share is not None)
+        return as_it_is and len(where.names) == 1
 
     def weight(self, host: str) -> Tensor:
         """A host layer's dense weight in the host's order of rows: [n, k] fp32."""
@@ -201,15 +204,16 @@ def vector_tensors(source: Base, changes: Changes, rest: dict[str, list[Branch]]
         name = source.mapped.plain[host].names[0]
         tensors[name] = lambda n=name, v=value: v.to(source.checkpoint.stored[n])
     for host in filter(source.merges, list(rest)):
-        name, branches = source.mapped.plain[host].names[0], rest.pop(host)
-        tensors[name] = lambda n=name, bs=branches: _merged(source.checkpoint.stored[n], bs)
+        where, branches = source.mapped.plain[host], rest.pop(host)
+        _chain(tensors, source, where.names[0], lambda w, bs=branches, s=where.share: _merged(w, bs, s))
     return tensors
 
 
-def _merged(weight: Tensor, branches: Sequence[Branch]) -> Tensor:
-    total = weight.flatten(1).float()
+def _merged(weight: Tensor, branches: Sequence[Branch], share: tuple[int, int] | None) -> Tensor:
+    total = weight.flatten(1).to(torch.float32, copy=True)
+    host = rows_of_share(total, share=share) if share else total
     for b in branches:
-        total[b.rows, b.columns] += b.difference()
+        host[b.rows, b.columns] += b.difference()
     return total.to(weight.dtype).reshape(weight.shape)
 
 
@@ -218,11 +222,11 @@ def _add_bias(source: Base, host: str, place: Place, difference: Tensor, tensors
     module = host.removesuffix(".weight")
     if module not in source.mapped.linears:
         where = source.mapped.plain[f"{module}.bias"]
-        if len(where.names) != 1 or where.change is not None:
+        if not source.merges(f"{module}.bias"):
             raise ValueError(
                 f"{module}.bias: this model stores it in another form; apply this LoRA at run time."
             )
-        _chain(tensors, source, where.names[0], lambda bias: bias + difference.to(bias))
+        _chain(tensors, source, where.names[0], lambda bias: _added(bias, difference, where.share))
         return
     first = (place.rows or (0, 0))[0]
     for piece in source.pieces(module):
@@ -238,6 +242,13 @@ def _add_bias(source: Base, host: str, place: Place, difference: Tensor, tensors
         )
         if source.mapped.axes[module] == "columns":
             return  # one of the summed biases takes it
+
+
+def _added(bias: Tensor, difference: Tensor, share: tuple[int, int] | None) -> Tensor:
+    total = bias.clone()
+    host = rows_of_share(total, share=share) if share else total
+    host += difference.to(bias)
+    return total
 
 
 def _chain(tensors: dict[str, Make], source: Base, name: str, change: Callable[[Tensor], Tensor]) -> None:

@@ -96,10 +96,14 @@ class Plain:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a host's 16-bit tensor comes from: stored names, joined by rows, then changed."""
+    """Where a host's 16-bit tensor comes from: stored names, joined by rows, then changed.
+
+    share   (i, n): the change is to take the i-th of n equal shares of the rows, as in a Role
+    """
 
     names: tuple[str, ...]
     change: Callable[[Tensor], Tensor] | None = None
+    share: tuple[int, int] | None = None
 
     def read(self, plain: Mapping[str, Tensor]) -> Tensor:
         """A tensor of its own, no view of the file."""
@@ -222,12 +226,13 @@ class Family:
             stored = layer.options[0][0]
             for end in ("weight", "bias") if stored.role.share else ():
                 for index in _indices(names, [f"{stored.name}.{end}"]):
-                    change = partial(_chunk, share=stored.role.share)
-                    source = Source((f"{stored.name.format(*index)}.{end}",), change)
+                    name, share = f"{stored.name.format(*index)}.{end}", stored.role.share
+                    source = Source((name,), partial(rows_of_share, share=share), share)
                     yield f"{layer.host.format(*index)}.{end}", source
 
 
-def _chunk(tensor: Tensor, *, share: tuple[int, int]) -> Tensor:
+def rows_of_share(tensor: Tensor, *, share: tuple[int, int]) -> Tensor:
+    """A view of the i-th of n equal shares of a tensor's rows: share = (i, n)."""
     which, count = share
     return tensor.chunk(count)[which]
 
