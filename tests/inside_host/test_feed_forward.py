@@ -5,13 +5,19 @@ Where no kernel does it, as on a CPU, the op is its parts one after the other: w
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from comfy.ldm.qwen_image.model import FeedForward
 
-from svdquant_nodes.svdquant.adapters import feed_forward
+from svdquant_nodes.svdquant.adapters import feed_forward, layout
 from svdquant_nodes.svdquant.adapters.load import load_model
+from svdquant_nodes.svdquant.adapters.operations import make_operations
 from svdquant_nodes.svdquant.core import linear
+from svdquant_nodes.svdquant.core.linear import Part
 from svdquant_nodes.svdquant.kernels import ops
+from svdquant_nodes.tests import layers
 from svdquant_nodes.tests.inside_host import loras, small
 from svdquant_nodes.tests.inside_host.twins import DEMO_INT4, sample
 from svdquant_nodes.tests.small_models import detecting
@@ -228,3 +234,19 @@ def test_families(family, count, tmp_path, calls):
     assert feed_forward.install(patched.model) == count
     assert torch.equal(small.sample(family, patched), small.sample(family, model))
     assert computed(calls) == count
+
+
+def test_qwen_image_s_class(calls):
+    """Whose linears lie two modules deep; the small model keeps the second one in 16 bits."""
+    layout.register()
+    model, sizes = torch.nn.Module(), dict(dtype=torch.bfloat16, device="cpu")
+    model.img_mlp = FeedForward(64, 64, inner_dim=128, operations=make_operations(ops), **sizes)
+    for path, name, shape in (("net.0.proj", "int4", (128, 64)), ("net.2", "int4-unsigned", (64, 128))):
+        weights, layer = layers.random_linear(name, *shape), model.img_mlp.get_submodule(path)
+        packed = layout.pack([Part(replace(weights, bias=None))], torch.bfloat16)
+        layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+        layer.bias = torch.nn.Parameter(weights.bias, requires_grad=False)
+    x = layers.random(2, 5, 64, seed=3, dtype=torch.bfloat16)
+    want = model.img_mlp(x)
+    assert feed_forward.install(model) == 1
+    assert torch.equal(model.img_mlp(x), want) and computed(calls) == 1
