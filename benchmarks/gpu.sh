@@ -53,6 +53,8 @@ print(ops.device(kind), ops.describe(kind), f"{time.perf_counter() - start:.1f} 
 sys.exit(bool(ops.device(kind).missing))' "$([ -n "$dry" ] && echo cpu || echo cuda)"
 if [ -z "$dry" ]; then
     step tests 150 "$python" -m pytest -q -m gpu tests/kernels
+    SVDQUANT_BUILD=nvrtc step "tests, kernels by NVRTC" 100 "$python" -m pytest -q -m gpu tests/kernels/test_gpu.py \
+        -k "chosen or table or (any_number_of_tokens and bf16) or cuda_graph or another_stream or compiles"
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do
             step "$tool" 75 compute-sanitizer --tool "$tool" --error-exitcode 1 \

@@ -38,7 +38,7 @@ inline int device_arch() { return SVDQUANT_ARCH; }
 
 template <class Params>
 const char* run(void (*kernel)(Params), const Grid& grid, const Launch&, const Params& params) {
-  return emulator::run([&] { kernel(params); }, grid.x, grid.y, grid.threads, grid.shared_bytes);
+  return emulator::run(kernel, params, {grid.x, grid.y, grid.threads, grid.shared_bytes});
 }
 #endif
 

@@ -174,9 +174,13 @@ class Target:
         return f"nvrtc-sm_{self.arch}"
 
     @property
-    def units(self) -> list[Unit]:
+    def number(self) -> int:
         major, minor = self.capability
-        return units(10 * major + minor)
+        return 10 * major + minor
+
+    @property
+    def units(self) -> list[Unit]:
+        return units(self.number)
 
 
 def key(target: Target, nvrtc: Path) -> str:

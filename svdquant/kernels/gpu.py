@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from . import jit, scaled, select
+from . import cuda, scaled, select
 from .settings import settings
 
 log = logging.getLogger("svdquant-nodes")
@@ -43,7 +43,7 @@ def find(index: int | None = None) -> select.Device:
 
 
 def load(index: int | None = None) -> tuple[select.Device, Path | None]:
-    """A GPU with its library loaded but not tried, and the library: one for all GPUs here that our kernels fit."""
+    """A GPU with its kernels loaded but not tried, and the file that holds them."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return select.Device("cuda", missing="torch finds no NVIDIA GPU"), None
     every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -53,9 +53,9 @@ def load(index: int | None = None) -> tuple[select.Device, Path | None]:
     unfit = select.unfit(found.capability, here.name)
     if unfit:
         return replace(found, missing=unfit), None
-    fit = [(p.major, p.minor) for p in every if not select.unfit((p.major, p.minor), p.name)]
-    target = jit.cuda_target(*fit)
-    return replace(found, missing=jit.load(target) or ""), jit.library_path(target)
+    fit = sorted({(p.major, p.minor) for p in every if not select.unfit((p.major, p.minor), p.name)})
+    kernels = cuda.load(_index(index), tuple(fit))
+    return replace(found, missing=kernels.missing, by_nvrtc=kernels.by_nvrtc), kernels.file
 
 
 def _index(index: int | None) -> int:

@@ -2,7 +2,7 @@
 
 It is for kernels that NVRTC compiled, to which no C++ leads. Tests record what the C++ launches for the same calls and
 demand the same kernel, grid and parameters, to the byte. Kernels are called by their C++ names, of csrc/cuda/*.cuh;
-those for Hopper alone are left out, as machines with such cards have compilers.
+those for Hopper alone are left out, as machines with such cards have compilers, and fused ones, whose ops run apart.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
-from .structs import Gemm, GemmInt8, Gemv, Quantize, QuantizeParams
+import torch
+
+from .structs import DTYPES, Gemm, GemmInt8, Gemv, Quantize, QuantizeParams
 
 
 class Refused(RuntimeError):
@@ -81,39 +83,52 @@ def _int8_bytes(tile: Tile) -> int:
 
 
 @dataclass(frozen=True)
+class Tiled:
+    """A product's kernel for one tile."""
+
+    tile: Tile
+    kernel: Kernel
+
+
+@dataclass(frozen=True)
 class Product:
-    """A product's two kernels.
+    """A product's two kernels; alignment: of codes and of weight codes, in bytes."""
 
-    name          in C++, with {} for the tile
-    shared_bytes  of a tile
-    alignment     of codes and of weight codes, in bytes
-    """
-
-    header: str
-    name: str
-    shared_bytes: Callable[[Tile], int]
-    alignment: tuple[int, int] = (16, 8)
-    large: Tile = LARGE
-    small: Tile = SMALL
-
-    def kernel(self, tile: Tile) -> Kernel:
-        return Kernel(self.header, self.name.format(tile.name), 128, self.shared_bytes(tile))
+    large: Tiled
+    small: Tiled
+    alignment: tuple[int, int]
 
     def start(self, args: ctypes.Structure) -> Start:
         """With the tile that fills the card: 64 blocks are half a wave of a small one."""
         _check_aligned("codes", args.codes, self.alignment[0])
         _check_aligned("weight codes", args.weight_codes, self.alignment[1])
-        few = args.m <= 64 or self.large.blocks(args.m, args.n) < 64
-        tile = self.small if few else self.large
-        return Start(self.kernel(tile), (tile.blocks(args.m, args.n), 1), args)
+        m, n = args.m, args.n
+        few = m <= 64 or self.large.tile.blocks(m, n) < 64
+        chosen = self.small if few else self.large
+        return Start(chosen.kernel, (chosen.tile.blocks(m, n), 1), args)
 
 
-INT4 = Product("gemm_int4", "gemm_int4_kernel<{}, Int4Product<false>>", _int4_bytes)
-UINT4 = Product("gemm_int4", "gemm_int4_kernel<{}, Int4Product<true>>", _int4_bytes)
-INT4_WIDE = Product("gemm_int4", "gemm_int4_kernel<{}, Int8Product>", _int4_bytes)
-NVFP4 = Product("gemm_nvfp4", "gemm_nvfp4_kernel<{}>", _nvfp4_bytes)
-MXF4 = Product("gemm_mxf4", "gemm_mxf4_kernel<{}>", _nvfp4_bytes)
-INT8 = Product("gemm_w8a8", "gemm_int8_kernel<{}>", _int8_bytes, (16, 16), LARGE_WIDE, SMALL_WIDE)
+def _product(
+    header: str,
+    name: str,
+    shared_bytes: Callable[[Tile], int],
+    *,
+    alignment: tuple[int, int] = (16, 8),
+    tiles: tuple[Tile, Tile] = (LARGE, SMALL),
+) -> Product:
+    """`name` in C++, with {} for the tile."""
+    tiled = [Tiled(tile, Kernel(header, name.format(tile.name), 128, shared_bytes(tile))) for tile in tiles]
+    return Product(*tiled, alignment)
+
+
+INT4 = _product("gemm_int4", "gemm_int4_kernel<{}, Int4Product<false>>", _int4_bytes)
+UINT4 = _product("gemm_int4", "gemm_int4_kernel<{}, Int4Product<true>>", _int4_bytes)
+INT4_WIDE = _product("gemm_int4", "gemm_int4_kernel<{}, Int8Product>", _int4_bytes)
+NVFP4 = _product("gemm_nvfp4", "gemm_nvfp4_kernel<{}>", _nvfp4_bytes)
+MXF4 = _product("gemm_mxf4", "gemm_mxf4_kernel<{}>", _nvfp4_bytes)
+INT8 = _product(
+    "gemm_w8a8", "gemm_int8_kernel<{}>", _int8_bytes, alignment=(16, 16), tiles=(LARGE_WIDE, SMALL_WIDE)
+)
 
 PRODUCTS = {  # spelling -> kind of activation -> product
     "mma_s4": {"int4": INT4, "int4-unsigned": UINT4},
@@ -146,6 +161,7 @@ CLAMPED = {"int4": (-8, 7), "int4-unsigned": (0, 15), "nvfp4": (0, 0), "int8": (
 TYPES = {"kF16": (32, 128), "kBF16": (32, 128), "kF32": (16,)}  # of x and down -> ranks a block
 
 
+@cache
 def _quantizer(kind: str, dtype: str, ranks: int) -> Kernel:
     if kind == "int8":
         return Kernel("quantize_int8", f"quantize_int8_kernel<DType::{dtype}, {ranks}>", 256, 64 * ranks)
@@ -155,6 +171,8 @@ def _quantizer(kind: str, dtype: str, ranks: int) -> Kernel:
 
 def quantize(kind: str, arch: int, args: Quantize) -> Start:
     """A quantizer on a card of compute capability arch / 10: by tensor cores where they take x and down."""
+    if args.x.dtype == DTYPES[torch.float8_e4m3fn]:
+        raise Refused("activations must be fp32, bf16 or fp16")
     _check_aligned("codes", args.codes, 16)
     same = args.down.dtype == args.x.dtype or args.r == 0
     tensor = {1: "kBF16" if arch >= 80 else "kF32", 2: "kF16"}.get(args.x.dtype, "kF32")
@@ -170,6 +188,7 @@ def quantize(kind: str, arch: int, args: Quantize) -> Start:
 TOKENS = (1, 4, 8)
 
 
+@cache
 def _gemv(tokens: int) -> Kernel:
     return Kernel("gemv_awq", f"gemv_awq_kernel<{tokens}>", 256, 4 * 1024 * tokens)
 
@@ -190,7 +209,7 @@ def kernels(arch: int) -> Iterator[Kernel]:
     products += [INT4, UINT4] if arch < 90 else []
     products += [MXF4] if arch // 10 == 12 else []
     for product in products:
-        yield from map(product.kernel, (product.large, product.small))
+        yield from (product.large.kernel, product.small.kernel)
     for kind in ("int4", "nvfp4", "int8"):
         for dtype, ranks in TYPES.items():
             if dtype != "kBF16" or arch >= 80:

@@ -35,6 +35,7 @@ INT4_OPS = ("quantize_int4", "quantize_int4_unsigned", "gemm_int4")
 NVFP4_OPS = ("quantize_nvfp4", "gemm_nvfp4")
 OLDEST_GPU, NEWEST_GPU = (7, 5), (12, 9)
 
+WITHOUT_COMPILER = "built without a C++ compiler"
 MOST_AWQ_TOKENS = 24  # beyond, dequantizing the weight once beats reading it for every four of them
 
 
@@ -47,6 +48,7 @@ class Device:
     capability   cuda: compute capability
     missing      why none of its library's kernels may run, "" if they may
     distrusted   names of spellings that failed the self-test
+    by_nvrtc     cuda: its kernels were built without a C++ compiler
     """
 
     type: str
@@ -54,6 +56,7 @@ class Device:
     capability: tuple[int, int] = (0, 0)
     missing: str = ""
     distrusted: frozenset[str] = frozenset()
+    by_nvrtc: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,11 @@ def _block_scaled(device: Device) -> str:
     return lack or ("" if BLOCK_SCALED in device.features else "this torch has no block-scaled product")
 
 
+def _compiled(needs: Callable[[Device], str]) -> Callable[[Device], str]:
+    """The same of a spelling that only a C++ compiler can build."""
+    return lambda device: "it needs a C++ compiler" if device.by_nvrtc else needs(device)
+
+
 def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
@@ -139,8 +147,8 @@ SPELLINGS = (
     Spelling(
         "portable", "cpu", LAYER_OPS, _feature("portable"), on_request="slower than torch for a whole picture"
     ),
-    Spelling("wgmma_e4m3", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma")),
-    Spelling("wgmma_s8", "cuda", INT8_OPS, _capability((9, 0), (9, 0), "wgmma")),
+    Spelling("wgmma_e4m3", "cuda", INT4_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),
+    Spelling("wgmma_s8", "cuda", INT8_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),
     Spelling("mxf4_sm120", "cuda", NVFP4_OPS, _capability((12, 0), NEWEST_GPU, "mxf4nvf4 mma")),
     Spelling(TORCH_SCALED, "cuda", NVFP4_OPS, _block_scaled, library=False, yields=("quantize_nvfp4",)),
     Spelling("mma_s4", "cuda", INT4_OPS, _capability((8, 0), (8, 9), "mma.s4")),
@@ -148,31 +156,45 @@ SPELLINGS = (
     Spelling("mma_s8", "cuda", (*INT4_OPS, *INT8_OPS), _capability(OLDEST_GPU, NEWEST_GPU, "mma.s8")),
     Spelling("mma_f16", "cuda", NVFP4_OPS, _capability(OLDEST_GPU, NEWEST_GPU, "mma.f16")),
     Spelling("gemv", "cuda", ("gemv_awq",), _capability(OLDEST_GPU, NEWEST_GPU, "gemv")),
-    Spelling("gelu_s4", "cuda", FUSED_OPS, _capability((8, 0), (8, 9), "mma.s4"), _HALVES, beside="mma_s4"),
+    Spelling(
+        "gelu_s4",
+        "cuda",
+        FUSED_OPS,
+        _compiled(_capability((8, 0), (8, 9), "mma.s4")),
+        _HALVES,
+        beside="mma_s4",
+    ),
     Spelling(
         "gelu_sm75",
         "cuda",
         FUSED_OPS,
-        _capability((7, 5), (7, 5), "mma.m8n8k32"),
+        _compiled(_capability((7, 5), (7, 5), "mma.m8n8k32")),
         _HALVES[1:],
         beside="mma_sm75",
     ),
     Spelling(
-        "gelu_s8", "cuda", FUSED_OPS, _capability((8, 0), NEWEST_GPU, "mma.s8"), _HALVES, beside="mma_s8"
+        "gelu_s8",
+        "cuda",
+        FUSED_OPS,
+        _compiled(_capability((8, 0), NEWEST_GPU, "mma.s8")),
+        _HALVES,
+        beside="mma_s8",
     ),
 )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The spelling that runs, and why no better one does: name -> reasons."""
+    """The spelling that runs, how it came about if not as usual, and why no better one does: name -> reasons."""
 
     spelling: str
     against: dict[str, tuple[str, ...]]
+    built: str = ""
 
     def sentence(self) -> str:
         """For people: "avx2 (not avx512: this processor has no avx512)"."""
-        parts = [f"not {name}: {', '.join(why)}" for name, why in self.against.items()]
+        parts = [self.built] if self.built else []
+        parts += [f"not {name}: {', '.join(why)}" for name, why in self.against.items()]
         return f"{self.spelling} ({'; '.join(parts)})" if parts else self.spelling
 
 
@@ -183,7 +205,7 @@ def choose(device: Device, request: Request) -> Choice:
     for row in sorted(rows, key=lambda row: request.op in row.yields):
         why = tuple(reasons(row, device, request))
         if not why:
-            return Choice(row.name, against)
+            return Choice(row.name, against, WITHOUT_COMPILER if device.by_nvrtc and row.library else "")
         against[row.name] = why
     exact = device.type == "cpu" or request.wanted in ("off", REFERENCE)
     plain = REFERENCE if exact and request.wanted != WEIGHT_ONLY else WEIGHT_ONLY

@@ -21,6 +21,7 @@ class Settings:
     """What the environment says."""
 
     kernels: str
+    build: str
     cache: Path
     verbose: bool
 
@@ -29,6 +30,7 @@ class Settings:
 def settings() -> Settings:
     return Settings(
         kernels=os.environ.get("SVDQUANT_KERNELS", "").strip().lower() or "auto",
+        build=os.environ.get("SVDQUANT_BUILD", "").strip().lower() or "auto",
         cache=Path(os.environ.get("SVDQUANT_CACHE_DIR") or _user_cache()),
         verbose=os.environ.get("SVDQUANT_VERBOSE", "") not in ("", "0"),
     )

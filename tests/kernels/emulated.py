@@ -23,6 +23,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from svdquant_nodes.svdquant.core.weights import LinearWeights
+from svdquant_nodes.svdquant.kernels import launches
 from svdquant_nodes.svdquant.kernels.structs import (
     DTYPES,
     KINDS,
@@ -60,14 +61,22 @@ class KernelError(RuntimeError):
 STRUCTS = (Floats, Quantize, Gemm, GemmInt8, Gemv, GemmGelu)
 
 
-@functools.cache
-def library(arch: int) -> ctypes.CDLL | str:
-    """The kernels as they are for a card of compute capability arch / 10, or why they do not compile."""
+def built(arch: int) -> Path | str:
+    """A library of the kernels as they are for a card of compute capability arch / 10, or why they do not compile."""
     path = KEPT / f"sm{arch}-{_digest(arch)}.so"
     KEPT.mkdir(parents=True, exist_ok=True)
     with FileLock(KEPT / f"sm{arch}.lock"):
         if not path.exists() and (problem := _build(arch, path)):
             return problem
+    return path
+
+
+@functools.cache
+def library(arch: int) -> ctypes.CDLL | str:
+    """The same, loaded."""
+    path = built(arch)
+    if isinstance(path, str):
+        return path
     loaded = ctypes.CDLL(str(path))
     for which, struct in enumerate(STRUCTS):
         if loaded.size_of_struct(which) != ctypes.sizeof(struct):
@@ -84,8 +93,28 @@ def _digest(arch: int) -> str:
     version = subprocess.run([COMPILER, "--version"], check=True, capture_output=True).stdout
     headers = [CUDA.parent / "launch.h", *CUDA.glob("*.cuh"), *EMULATOR.glob("*.h")]
     files = sorted([*SOURCES, *headers, *EMULATOR.glob("*.cpp")])
-    made_of = [repr(_flags(arch)).encode(), version, *(file.read_bytes() for file in files)]
+    made_of = [repr((_flags(arch), _named(arch))).encode(), version, *(file.read_bytes() for file in files)]
     return hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
+
+
+def _named(arch: int) -> dict[str, str]:
+    """A file for each header of kernels, which makes them known by the names that launches.py calls them."""
+    headers = {kernel.header: [] for kernel in launches.kernels(arch)}
+    for kernel in launches.kernels(arch):
+        headers[kernel.header].append(f'emulator::know("{kernel.name}", {kernel.name})')
+    return {
+        header: f"""#include "{header}.cuh"
+using namespace svdquant;
+using namespace svdquant::cuda;
+[[maybe_unused]] static const bool kKnown[] = {{{", ".join(known)}}};
+"""
+        for header, known in headers.items()
+    }
+
+
+def _write(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
 
 
 def _build(arch: int, path: Path) -> str | None:
@@ -98,9 +127,10 @@ def _build(arch: int, path: Path) -> str | None:
             subprocess.run(command, check=True, capture_output=True, text=True)
             return to
 
+        named = [_write(Path(folder, f"{header}_named.cpp"), text) for header, text in _named(arch).items()]
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(compiled, [*SOURCES, *EMULATOR.glob("*.cpp")]))
+                objects = list(pool.map(compiled, [*SOURCES, *EMULATOR.glob("*.cpp"), *named]))
         except subprocess.CalledProcessError as e:
             return f"{e.cmd[-3].name} is no C++: {e.stderr}"
         linked = Path(folder, path.name)

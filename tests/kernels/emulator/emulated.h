@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "block.h"
+#include "launches.h"
 
 #define SVDQUANT_MXF4 (SVDQUANT_ARCH / 10 == 12)
 

@@ -1,0 +1,232 @@
+"""The ops of csrc/ops.cpp for GPUs in Python: check, allocate, launch kernels that NVRTC compiled.
+
+Where there is no C++ compiler these stand behind the same torch.ops.svdquant, with the same schemas, checks and words.
+Nothing waits for the device, and nothing is allocated but results and copies of what is not contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import launches, select
+from .arguments import (
+    Kept,
+    check_branch,
+    check_columns,
+    check_devices,
+    check_matrix,
+    check_packed,
+    check_shape,
+    check_types,
+    name_of,
+    output,
+)
+from .driver import Card
+from .structs import KINDS, Gemm, GemmInt8, Gemv, Quantize
+
+GROUPS = {"int4": 64, "int4-unsigned": 64, "nvfp4": 16, "int8": 16}  # columns that K must be a multiple of
+_Quantized = tuple[Tensor, Tensor, Tensor]
+_Some = Tensor | None
+
+
+class CudaOps:
+    """One method for each op, over the kernels of the GPU where its tensors are.
+
+    card  index of a GPU -> the GPU
+    """
+
+    def __init__(self, card: Callable[[int | None], Card]) -> None:
+        self._card = card
+
+    def _launch(self, t: Tensor, spelling: str, start: Callable[[Card], launches.Start]) -> None:
+        card = self._card(t.device.index)
+        try:
+            card.launch(start(card))
+        except RuntimeError as problem:
+            raise RuntimeError(f"svdquant kernels, spelling '{spelling}': {problem}") from problem
+
+    def spellings(self, device: Tensor) -> str:
+        """Names of all that a GPU can run, best first."""
+        capability = divmod(self._card(device.device.index).arch, 10)
+        card = select.Device("cuda", capability=capability, by_nvrtc=True)
+        return " ".join(row.name for row in select.to_try(card) if row.library)
+
+    def quantize_int4(self, x: Tensor, smooth: Tensor, down: Tensor, spelling: str) -> _Quantized:
+        return self._quantize("int4", x, smooth, down, 0.0, spelling)
+
+    def quantize_int4_unsigned(
+        self, x: Tensor, smooth: Tensor, down: Tensor, shift: float, spelling: str
+    ) -> _Quantized:
+        return self._quantize("int4-unsigned", x, smooth, down, shift, spelling)
+
+    def quantize_nvfp4(self, x: Tensor, smooth: Tensor, down: Tensor, spelling: str) -> _Quantized:
+        return self._quantize("nvfp4", x, smooth, down, 0.0, spelling)
+
+    def quantize_int8(
+        self, x: Tensor, smooth: Tensor, down: Tensor, shift: float, spelling: str
+    ) -> _Quantized:
+        return self._quantize("int8", x, smooth, down, shift, spelling)
+
+    def _quantize(
+        self, kind: str, x: Tensor, smooth: Tensor, down: Tensor, shift: float, spelling: str
+    ) -> _Quantized:
+        check_matrix(x, "x", "[M, K]")
+        check_devices(x, smooth=smooth, down=down)
+        (m, k), group = x.shape, GROUPS[kind]
+        if k == 0 or k % group:
+            raise ValueError(f"x: last axis is {k}, expected a multiple of {group}. Pad K first.")
+        check_shape(smooth, "smooth", k)
+        if down.ndim != 2 or down.shape[1] != k:
+            raise ValueError(f"down: expected [R, {k}], got {list(down.shape)}")
+        r, columns = down.shape[0], 1 if kind == "int8" else k // group
+        scale_type = {"int8": torch.float32, "nvfp4": torch.float8_e4m3fn}.get(kind, x.dtype)
+        codes = x.new_empty(m, k, dtype=torch.int8 if kind in ("int4", "int8") else torch.uint8)
+        scales = x.new_empty(m, columns, dtype=scale_type)
+        hidden = x.new_empty(m, r, dtype=torch.float32)
+        if m:
+            kept = Kept()
+            inputs = kept.matrix(x, "x"), kept.vector(smooth, "smooth"), kept.matrix(down, "down")
+            outputs = codes.data_ptr(), scales.data_ptr(), hidden.data_ptr()
+            args = Quantize(KINDS[kind], m, k, r, *inputs, shift, *outputs)
+            self._launch(x, spelling, lambda card: launches.quantize(kind, card.arch, args))
+        return codes, scales, hidden
+
+    def gemm_int4(self, codes: Tensor, scales: Tensor, hidden: Tensor, *rest: Any) -> None:
+        """`rest`: weight_codes, weight_scales, up, bias, addend, out, spelling."""
+        kind = "int4-unsigned" if codes.dtype == torch.uint8 else "int4"
+        weight_codes, weight_scales, *branch = rest
+        self._gemm(kind, (codes, scales, hidden), weight_codes, weight_scales, None, *branch)
+
+    def gemm_nvfp4(self, codes: Tensor, scales: Tensor, hidden: Tensor, *rest: Any) -> None:
+        """`rest`: weight_codes, weight_scales, second_scale, up, bias, addend, out, spelling."""
+        self._gemm("nvfp4", (codes, scales, hidden), *rest)
+
+    def _gemm(
+        self,
+        kind: str,
+        activations: _Quantized,
+        weight_codes: Tensor,
+        weight_scales: Tensor,
+        second_scale: _Some,
+        up: Tensor,
+        *rest: Any,
+    ) -> None:
+        """`rest`: bias, addend, out, spelling."""
+        (codes, scales, hidden), (bias, addend, out, spelling) = activations, rest
+        check_packed(weight_codes)
+        there = dict(scales=scales, hidden=hidden, weight_codes=weight_codes, weight_scales=weight_scales)
+        check_devices(codes, **there, second_scale=second_scale, up=up, bias=bias, addend=addend, out=out)
+        m, n, k, r = codes.shape[0], weight_codes.shape[0], weight_codes.shape[1] * 2, up.shape[-1]
+        check_columns(k)
+        if codes.dtype not in (torch.int8, torch.uint8):
+            raise ValueError(f"codes: expected int8 or uint8, got {name_of(codes.dtype)}")
+        check_types(torch.float32, hidden=hidden)
+        groups = k // GROUPS[kind]
+        check_shape(codes, "codes", m, k)
+        check_shape(scales, "scales", m, groups)
+        check_shape(weight_scales, "weight_scales", n, groups)
+        check_branch(hidden, up, bias, m, n)
+        kept = Kept()
+        to, added = output(out, m, n), kept.addend(addend, m, n)
+        if m == 0 or n == 0:
+            return
+        first = kept.whole(codes), kept.matrix(scales, "scales"), kept.whole(hidden), kept.whole(weight_codes)
+        factors = kept.matrix(weight_scales, "weight_scales"), kept.factor(second_scale, n)
+        branch = kept.matrix(up, "up"), kept.vector(bias, "bias")
+        args = Gemm(KINDS[kind], m, n, k, r, *first, *factors, *branch, added, to)
+        self._launch(codes, spelling, lambda _: launches.gemm(spelling, kind, args))
+
+    def gemm_int8(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weight_codes: Tensor,
+        weight_scales: Tensor,
+        up: Tensor,
+        *rest: Any,
+    ) -> None:
+        """`rest`: bias, addend, out, spelling."""
+        bias, addend, out, spelling = rest
+        check_types(torch.int8, codes=codes, weight_codes=weight_codes)
+        check_types(torch.float32, scales=scales, hidden=hidden, weight_scales=weight_scales)
+        check_matrix(weight_codes, "weight_codes", "[N, K]")
+        there = dict(scales=scales, hidden=hidden, weight_codes=weight_codes, weight_scales=weight_scales)
+        check_devices(codes, **there, up=up, bias=bias, addend=addend, out=out)
+        m, (n, k), r = codes.shape[0], weight_codes.shape, up.shape[-1]
+        check_columns(k)
+        check_shape(codes, "codes", m, k)
+        check_shape(scales, "scales", m, 1)
+        check_shape(weight_scales, "weight_scales", n, 1)
+        check_branch(hidden, up, bias, m, n)
+        kept = Kept()
+        to, added = output(out, m, n), kept.addend(addend, m, n)
+        if m == 0 or n == 0:
+            return
+        first = map(kept.whole, (codes, scales, hidden, weight_codes, weight_scales))
+        args = GemmInt8(m, n, k, r, *first, kept.matrix(up, "up"), kept.vector(bias, "bias"), added, to)
+        self._launch(codes, spelling, lambda _: launches.gemm(spelling, "int8", args))
+
+    def gemv_awq(
+        self,
+        x: Tensor,
+        weight_codes: Tensor,
+        weight_scales: Tensor,
+        zeros: Tensor,
+        bias: _Some,
+        addend: _Some,
+        out: Tensor,
+        spelling: str,
+    ) -> None:
+        check_packed(weight_codes)
+        check_matrix(x, "x", "[M, K]")
+        there = dict(weight_codes=weight_codes, weight_scales=weight_scales, zeros=zeros)
+        check_devices(x, **there, bias=bias, addend=addend, out=out)
+        m, n, k, groups = (
+            x.shape[0],
+            weight_codes.shape[0],
+            weight_codes.shape[1] * 2,
+            weight_scales.shape[-1],
+        )
+        group = k // groups if groups else 0
+        if not group or group % 64 or groups * group != k:
+            expected = f"one for every 64 (or a multiple of 64) of {k} columns"
+            raise ValueError(f"weight_scales: expected {expected}, got {groups} a row")
+        check_shape(x, "x", m, k)
+        check_shape(weight_scales, "weight_scales", n, groups)
+        check_shape(zeros, "zeros", n, groups)
+        if bias is not None:
+            check_shape(bias, "bias", n)
+        kept = Kept()
+        to, added = output(out, m, n), kept.addend(addend, m, n)
+        if m == 0 or n == 0:
+            return
+        factors = (
+            kept.matrix(weight_scales, "weight_scales"),
+            kept.matrix(zeros, "zeros"),
+            kept.vector(bias, "bias"),
+        )
+        args = Gemv(m, n, k, group, kept.matrix(x, "x"), kept.whole(weight_codes), *factors, added, to)
+        self._launch(x, spelling, lambda _: launches.gemv(args))
+
+
+# ---- behind torch.ops ----
+
+OPS = ("spellings", *select.LAYER_OPS)  # fused ones run apart
+_registered: list[torch.library.Library] = []
+
+
+@cache
+def register(card: Callable[[int | None], Card]) -> None:
+    """Stand behind torch.ops.svdquant on GPUs, unless a second copy of this pack in the process does."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key("svdquant::gemv_awq", "CUDA"):
+        return
+    library, ops = torch.library.Library("svdquant", "IMPL"), CudaOps(card)
+    for name in OPS:
+        library.impl(name, getattr(ops, name), "CUDA")
+    _registered.append(library)  # a library that is not kept takes its ops along

@@ -1,0 +1,71 @@
+// Launches and the layout of their parameters, for ctypes.
+#include <cstddef>
+
+#include "launches.h"
+#include "quantize.cuh"
+
+using namespace svdquant;
+using emulator::Launches;
+
+namespace {
+
+struct Field {
+  const char *of, *name;
+  size_t at, size;
+};
+
+#define FIELD(STRUCT, NAME) {#STRUCT, #NAME, offsetof(STRUCT, NAME), sizeof(STRUCT::NAME)}
+using QuantizeParams = cuda::QuantizeParams;
+const Field kFields[] = {
+    FIELD(Floats, data), FIELD(Floats, dtype), FIELD(Floats, stride),
+    FIELD(Output, data), FIELD(Output, dtype), FIELD(Output, stride),
+    FIELD(Quantize, kind), FIELD(Quantize, m), FIELD(Quantize, k), FIELD(Quantize, r), FIELD(Quantize, x),
+    FIELD(Quantize, smooth), FIELD(Quantize, down), FIELD(Quantize, shift), FIELD(Quantize, codes),
+    FIELD(Quantize, scales), FIELD(Quantize, hidden),
+    FIELD(QuantizeParams, args), FIELD(QuantizeParams, inverse), FIELD(QuantizeParams, low), FIELD(QuantizeParams, high),
+    FIELD(Gemm, kind), FIELD(Gemm, m), FIELD(Gemm, n), FIELD(Gemm, k), FIELD(Gemm, r), FIELD(Gemm, codes),
+    FIELD(Gemm, scales), FIELD(Gemm, hidden), FIELD(Gemm, weight_codes), FIELD(Gemm, weight_scales),
+    FIELD(Gemm, second_scale), FIELD(Gemm, up), FIELD(Gemm, bias), FIELD(Gemm, out),
+    FIELD(GemmInt8, m), FIELD(GemmInt8, n), FIELD(GemmInt8, k), FIELD(GemmInt8, r), FIELD(GemmInt8, codes),
+    FIELD(GemmInt8, scales), FIELD(GemmInt8, hidden), FIELD(GemmInt8, weight_codes), FIELD(GemmInt8, weight_scales),
+    FIELD(GemmInt8, up), FIELD(GemmInt8, bias), FIELD(GemmInt8, out),
+    FIELD(Gemv, m), FIELD(Gemv, n), FIELD(Gemv, k), FIELD(Gemv, group), FIELD(Gemv, x), FIELD(Gemv, weight_codes),
+    FIELD(Gemv, weight_scales), FIELD(Gemv, zeros), FIELD(Gemv, bias), FIELD(Gemv, out),
+};
+
+}  // namespace
+
+extern "C" {
+
+// A line a field: "Gemm scales 48 24" is its offset and size.
+const char* layout() {
+  static std::string text;
+  text.clear();
+  for (const Field& f : kFields) {
+    text += std::string(f.of) + ' ' + f.name + ' ' + std::to_string(f.at) + ' ' + std::to_string(f.size) + '\n';
+  }
+  return text.c_str();
+}
+
+// From now on, or no longer: launches are kept and nothing runs.
+void record(bool yes) {
+  Launches::current().recording = yes;
+  Launches::current().recorded.clear();
+}
+
+int recorded() { return static_cast<int>(Launches::current().recorded.size()); }
+const char* recorded_name(int i) { return Launches::current().name_of(Launches::current().recorded[i].kernel); }
+void recorded_grid(int i, emulator::Grid* to) { *to = Launches::current().recorded[i].grid; }
+int recorded_params(int i, const unsigned char** to) {
+  const auto& params = Launches::current().recorded[i].params;
+  *to = params.data();
+  return static_cast<int>(params.size());
+}
+
+const char* launch(const char* name, const emulator::Grid* grid, const void* params) {
+  for (const auto& n : Launches::current().named) {
+    if (n.name == name) return n.run(params, *grid);
+  }
+  return "there is no such kernel";
+}
+}

@@ -1,0 +1,145 @@
+"""Calls of every op that differ in what they launch: shapes around each threshold, dtypes, strides, missing tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BF16, F16, F32, F64, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn
+Case = tuple[str, tuple[Any, ...]]
+SHAPES = {  # M, N, K, R
+    "one-token": (1, 64, 64, 4),
+    "last-of-the-small-tile": (64, 4096, 128, 32),
+    "first-of-the-large-tile": (65, 4096, 192, 33),
+    "large-but-too-few-blocks": (512, 960, 128, 0),
+    "just-enough-blocks": (512, 1024, 128, 16),
+    "an-image": (4608, 3072, 128, 128),
+    "tails": (130, 2050, 64, 129),
+    "no-tokens": (0, 64, 64, 4),
+    "no-outputs": (3, 0, 64, 4),
+}
+
+
+def cases(arch: int) -> dict[str, Case]:
+    """Name -> op of torch.ops.svdquant and its arguments, on a card of compute capability arch / 10."""
+    found: dict[str, Case] = {}
+    for name, shape in SHAPES.items():
+        for dtype in (BF16, F16, F32):
+            found |= {f"{name}-{op}-{dtype}": (op, arguments) for op, arguments in _quantizers(shape, dtype)}
+            found |= {f"{name}-{op}-{dtype}": (op, arguments) for op, arguments in _products(shape, dtype)}
+    return found | _unusual() | _gemvs() | _of_card(arch)
+
+
+def _quantizers(shape: tuple[int, ...], dtype: torch.dtype) -> list[Case]:
+    m, _, k, r = shape
+    x, smooth, down = (
+        torch.zeros(m, k, dtype=dtype),
+        torch.ones(k, dtype=dtype),
+        torch.zeros(r, k, dtype=dtype),
+    )
+    return [
+        ("quantize_int4", (x, smooth, down, "mma_s8")),
+        ("quantize_int4_unsigned", (x, smooth, down, 0.171875, "mma_s8")),
+        ("quantize_nvfp4", (x, smooth, down, "mma_f16")),
+        ("quantize_int8", (x, smooth, down, 0.5, "mma_s8")),
+    ]
+
+
+def _products(shape: tuple[int, ...], dtype: torch.dtype) -> list[Case]:
+    m, n, k, r = shape
+    bias = torch.zeros(n, dtype=dtype) if dtype != F32 else None
+    to = torch.zeros(m, n) if dtype == F16 else None, torch.empty(m, n, dtype=dtype)
+    int4 = _weights(n, k // 2, k // 64, r, dtype)
+    nvfp4 = _weights(n, k // 2, k // 16, r, dtype, scales=E4M3)
+    codes, hidden = torch.zeros(m, k, dtype=torch.int8), torch.zeros(m, r)
+    scales, fp8 = torch.zeros(m, k // 64, dtype=dtype), torch.zeros(m, k // 16).to(E4M3)
+    second = torch.ones(n if dtype == F16 else 1, dtype=dtype)
+    bytes_ = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n, 1)
+    return [
+        ("gemm_int4", (codes, scales, hidden, *int4, bias, *to, "mma_s8")),
+        ("gemm_nvfp4", (codes.byte(), fp8, hidden, *nvfp4[:2], second, nvfp4[2], bias, *to, "mma_f16")),
+        ("gemm_int8", (codes, torch.zeros(m, 1), hidden, *bytes_, int4[2], bias, *to, "mma_s8")),
+    ]
+
+
+def _weights(
+    n: int, columns: int, groups: int, r: int, dtype: torch.dtype, scales: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes = torch.zeros(n, columns, dtype=torch.uint8)
+    return codes, torch.zeros(n, groups).to(scales or dtype), torch.zeros(n, r, dtype=dtype)
+
+
+def _unusual() -> dict[str, Case]:
+    """Strides, mixed dtypes, other spellings, and what is refused."""
+    m, n, k, r = 65, 4096, 128, 16
+    x, smooth, down = (
+        torch.zeros(m, 2 * k, dtype=BF16),
+        torch.ones(k, dtype=BF16),
+        torch.zeros(r, k, dtype=BF16),
+    )
+    wide = x[:, k:]
+    codes, hidden, up = torch.zeros(m, k, dtype=torch.int8), torch.zeros(m, r), torch.zeros(n, r, dtype=BF16)
+    weights, scales = torch.zeros(n, k // 2, dtype=torch.uint8), torch.zeros(n, k // 64, dtype=BF16)
+    acts = codes, torch.zeros(m, k // 64, dtype=BF16), hidden
+    out = torch.empty(m, 2 * n, dtype=BF16)[:, 5 : 5 + n]
+    rest = None, None, out
+    weighted = *acts, weights, scales, up
+    late = torch.zeros(m * k + 8, dtype=torch.int8)[8:].view(m, k)
+    late_weights = torch.zeros(n * k // 2 + 4, dtype=torch.uint8)[4:].view(n, k // 2)
+    by_columns = torch.zeros(r, n, dtype=BF16).t()
+    return {
+        "x-is-a-view": ("quantize_int4", (wide, smooth, down, "mma_s8")),
+        "x-by-columns": ("quantize_int4", (x[:, ::2], smooth, down, "mma_s8")),
+        "down-of-another-dtype": ("quantize_nvfp4", (wide, smooth, down.half(), "mma_f16")),
+        "smooth-of-another-dtype": ("quantize_int8", (wide, smooth.float(), down, 0.0, "mma_s8")),
+        "factors-of-64-bits": ("quantize_int4", (wide, smooth.double(), down.double(), "mma_s8")),
+        "x-of-8-bits": ("quantize_int4", (wide.to(E4M3), smooth, down, "mma_s8")),
+        "no-ranks-of-another-dtype": ("quantize_int4", (wide, smooth, torch.zeros(0, k), "mma_s8")),
+        "wide-unsigned": ("gemm_int4", (codes.byte(), *acts[1:], weights, scales, up, *rest, "mma_s8")),
+        "up-by-columns": ("gemm_int4", (*acts, weights, scales, by_columns, *rest, "mma_s8")),
+        "up-is-a-view": (
+            "gemm_int4",
+            (*acts, weights, scales, torch.zeros(n, 2 * r)[:, r:], *rest, "mma_s8"),
+        ),
+        "addend-is-a-view": ("gemm_int4", (*weighted, None, torch.zeros(m, 2 * n)[:, n:], out, "mma_s8")),
+        "addend-by-columns": ("gemm_int4", (*weighted, None, torch.zeros(n, m).t(), out, "mma_s8")),
+        "bias-of-64-bits": (
+            "gemm_int4",
+            (*acts, weights, scales, up, torch.zeros(n).double(), None, out, "mma_s8"),
+        ),
+        "codes-not-aligned": ("gemm_int4", (late, *acts[1:], weights, scales, up, *rest, "mma_s8")),
+        "weights-not-aligned": ("gemm_int4", (*acts, late_weights, scales, up, *rest, "mma_s8")),
+    }
+
+
+def _of_card(arch: int) -> dict[str, Case]:
+    """The instructions that only some have."""
+    found = {}
+    for m, n in ((64, 4096), (65, 4096)):
+        codes, scales, hidden = torch.zeros(m, 64, dtype=torch.int8), torch.zeros(m, 1), torch.zeros(m, 4)
+        out = torch.empty(m, n)
+        if arch < 90:
+            rest = (scales, hidden, *_weights(n, 32, 1, 4, F16), None, None, out, "mma_sm75")
+            found[f"narrow-{m}"] = ("gemm_int4", (codes, *rest))
+            found[f"narrow-unsigned-{m}"] = ("gemm_int4", (codes.byte(), *rest))
+        if arch // 10 == 12:
+            weights, block_scales, up = _weights(n, 32, 4, 4, BF16, scales=E4M3)
+            acts = codes.byte(), torch.zeros(m, 4).to(E4M3), hidden
+            rest = (weights, block_scales, torch.ones(1), up, None, None, out, "mxf4_sm120")
+            found[f"floats-{m}"] = ("gemm_nvfp4", (*acts, *rest))
+    return found
+
+
+def _gemvs() -> dict[str, Case]:
+    found = {}
+    for m in (0, 1, 2, 4, 5, 8, 9, 24):
+        for group in (64, 128):
+            n, k, dtype = 100, 256, BF16 if m % 2 else F16
+            codes, scales = torch.zeros(n, k // 2, dtype=torch.uint8), torch.zeros(n, k // group, dtype=dtype)
+            bias = torch.zeros(n, dtype=dtype) if m > 4 else None
+            to = torch.zeros(m, 2 * n)[:, n:] if m == 8 else None, torch.empty(m, n, dtype=dtype)
+            arguments = (torch.zeros(m, k, dtype=dtype), codes, scales, scales.clone(), bias, *to, "gemv")
+            found[f"gemv-{m}-tokens-group-{group}"] = ("gemv_awq", arguments)
+    return found

@@ -1,0 +1,150 @@
+"""The ops of a GPU without a C++ compiler, through a driver that runs the kernels on an emulated card.
+
+What they launch is compared with the C++ in test_launches.py; here it is what comes out, and what they refuse.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from svdquant_nodes.svdquant.core import linear, reference
+from svdquant_nodes.svdquant.kernels import cuda_ops, launches, ops, select, selftest
+from svdquant_nodes.tests import layers
+from svdquant_nodes.tests.kernels import test_ops
+from svdquant_nodes.tests.kernels.emulated import COMPILER
+from svdquant_nodes.tests.kernels.fake_driver import STREAM, Functions, card
+from svdquant_nodes.tests.tolerances import assert_close
+
+emulated = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
+SPELLINGS = {"mma_sm75": 75, "mma_s8": 120, "mxf4_sm120": 120, "mma_f16": 75, "gemv": 120}
+
+
+def op_set(arch, spelling, functions=None):
+    """core.reference's signatures over the ops in Python, on one emulated card."""
+    here = card(arch, functions or Functions(arch))
+    space = cuda_ops.CudaOps(lambda index: here)
+
+    class Named(ops.OpSet):
+        def _choose(self, *_: object) -> str:
+            return spelling
+
+    return SimpleNamespace(**{name: _over(space, getattr(Named(), name)) for name in select.LAYER_OPS})
+
+
+def _over(space, method):
+    """An op of ops.OpSet with `space` in the place of torch.ops.svdquant."""
+
+    def call(*arguments, **named):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.ops, "svdquant", space)
+            return method(*arguments, **named)
+
+    return call
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "row", [row for row in select.SPELLINGS if row.name in SPELLINGS], ids=lambda row: row.name
+)
+def test_layer(row, dtype):
+    for name in layers.COMPUTED:
+        weights = layers.random_linear(name, 72, 192, 24, dtype=dtype)
+        kind = weights.spec.format
+        if not any(op.endswith(kind) for op in row.ops):
+            continue
+        x = layers.random(19, 192, seed=8, dtype=dtype)
+        x = torch.nn.functional.gelu(x.float(), approximate="tanh").to(dtype) if "unsigned" in name else x
+        got = linear.linear(x, weights, op_set(SPELLINGS[row.name], row.name))
+        assert_close(got, linear.linear(x, weights, reference), "split_branch")
+
+
+@emulated
+def test_the_self_test_takes_it_for_a_card(monkeypatch):
+    """The small ones of its layers: every convention between the ops and the kernels in one."""
+    monkeypatch.setattr(selftest, "CASES", [case for case in selftest.CASES if case.n < 100])
+    functions = Functions(120)
+    assert selftest.problem(op_set(120, "mma_s8", functions), torch.device("cpu"), select.INT4_OPS) is None
+    assert {entry[-1] for entry in functions.launched} == {STREAM} and len(functions.launched) > 4
+
+
+@pytest.mark.parametrize(
+    ("name", "which", "index", "value", "message"), test_ops.BAD.values(), ids=test_ops.BAD
+)
+def test_bad_arguments_are_named(name, which, index, value, message):
+    """In the words of csrc/ops.cpp, but for the names of dtypes."""
+    functions = Functions()
+    space = cuda_ops.CudaOps(lambda _: card(80, functions))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops, "svdquant", space)
+        op, arguments = list(test_ops.calls(name))[which]
+        with pytest.raises(ValueError, match=message):
+            op(*test_ops.change(arguments, index, value))
+
+
+def test_every_op_has_the_arguments_of_its_schema():
+    schemas = [schema for schema in ops.SCHEMAS if schema.partition("(")[0] not in select.FUSED_OPS]
+    for schema in schemas:
+        name, _, rest = schema.partition("(")
+        count = rest.rpartition(") -> ")[0].count(",") + 1
+        parameters = inspect.signature(getattr(cuda_ops.CudaOps, name)).parameters.values()
+        many = any(p.kind == p.VAR_POSITIONAL for p in parameters)
+        assert many or len(parameters) - 1 == count
+    assert {schema.partition("(")[0] for schema in schemas} == set(cuda_ops.OPS)
+
+
+REFUSED = {
+    "other-cards-spelling": (
+        "wgmma_e4m3",
+        0,
+        "spelling 'wgmma_e4m3': it has no product for int4 activations",
+    ),
+    "unaligned-codes": ("mma_s4", 8, "spelling 'mma_s4': codes must begin at a multiple of 16 bytes"),
+}
+
+
+@pytest.mark.parametrize(("spelling", "offset", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_a_kernel_cannot_do_is_said(spelling, offset, message):
+    space = cuda_ops.CudaOps(lambda _: card(80, Functions()))
+    m, n, k, r = 5, 40, 128, 8
+    codes = torch.zeros(m * k + offset, dtype=torch.int8)[offset:].view(m, k)
+    branch = (
+        torch.zeros(m, r),
+        torch.zeros(n, k // 2, dtype=torch.uint8),
+        torch.zeros(n, 2),
+        torch.zeros(n, r),
+    )
+    with pytest.raises(RuntimeError, match=message):
+        space.gemm_int4(codes, torch.zeros(m, 2), *branch, None, None, torch.empty(m, n), spelling)
+
+
+def test_an_error_of_the_driver_is_said():
+    functions = Functions(fails={"cuLaunchKernel": 1})
+    space = cuda_ops.CudaOps(lambda _: card(80, functions))
+    w = layers.random_linear("int4", 32, 64, 4)
+    with pytest.raises(RuntimeError, match="spelling 'mma_s4': cuLaunchKernel: invalid argument"):
+        space.quantize_int4(layers.random(3, 64, seed=1), w.smooth, w.down, "mma_s4")
+
+
+@pytest.mark.parametrize("m", [0, 3])
+def test_nothing_is_launched_for_no_tokens(m):
+    functions = Functions()
+    space = cuda_ops.CudaOps(lambda _: card(80, functions))
+    w = layers.random_linear("int4", 32, 64, 4)
+    made = space.quantize_int4(layers.random(m, 64, seed=1), w.smooth, w.down, "mma_s4")
+    space.gemm_int4(*made, w.codes, w.scales, w.up, w.bias, None, torch.empty(m, 32), "mma_s4")
+    assert len(functions.launched) == (2 if m else 0)
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90, 120], ids="sm{}".format)
+def test_spellings_of_a_card_are_the_rows_of_the_table(arch):
+    space = cuda_ops.CudaOps(lambda _: card(arch, Functions()))
+    listed = space.spellings(torch.empty(0)).split()
+    here = select.Device("cuda", capability=divmod(arch, 10))
+    rows = [row.name for row in select.SPELLINGS if row.device == "cuda" and not row.needs(here)]
+    assert listed == [name for name in rows if not name.startswith(("wgmma", "gelu"))]
+    assert set(listed) - {"gemv"} <= launches.PRODUCTS.keys()
