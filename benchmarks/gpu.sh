@@ -51,8 +51,9 @@ logging.basicConfig(level=logging.INFO)
 kind, start = sys.argv[1], time.perf_counter()
 print(ops.device(kind), ops.describe(kind), f"{time.perf_counter() - start:.1f} s")
 sys.exit(bool(ops.device(kind).missing))' "$([ -n "$dry" ] && echo cpu || echo cuda)"
+[ -n "$dry" ] || step tests 150 "$python" -m pytest -q -m gpu tests/kernels
+step figures 270 "$python" benchmarks/gpu.py ${dry:+--dry} --seconds 200 --json "$out/gpu.json" --markdown "$out/gpu.md"
 if [ -z "$dry" ]; then
-    step tests 150 "$python" -m pytest -q -m gpu tests/kernels
     SVDQUANT_BUILD=nvrtc step "tests, kernels by NVRTC" 100 "$python" -m pytest -q -m gpu tests/kernels/test_gpu.py \
         -k "chosen or table or (any_number_of_tokens and bf16) or cuda_graph or another_stream or compiles"
     if command -v compute-sanitizer >/dev/null; then
@@ -63,8 +64,7 @@ if [ -z "$dry" ]; then
     else
         say "checkers: compute-sanitizer is not here"
     fi
+    step quantizing 120 "$python" benchmarks/layer_speed.py --device cuda --recipes instant,fast
 fi
-step figures 270 "$python" benchmarks/gpu.py ${dry:+--dry} --seconds 200 --json "$out/gpu.json" --markdown "$out/gpu.md"
-[ -n "$dry" ] || step quantizing 120 "$python" benchmarks/layer_speed.py --device cuda --recipes instant,fast
 cat "$out/summary.txt"
 exit $failed
