@@ -25,12 +25,12 @@ const Field kFields[] = {
     FIELD(QuantizeParams, args), FIELD(QuantizeParams, inverse), FIELD(QuantizeParams, low), FIELD(QuantizeParams, high),
     FIELD(Gemm, kind), FIELD(Gemm, m), FIELD(Gemm, n), FIELD(Gemm, k), FIELD(Gemm, r), FIELD(Gemm, codes),
     FIELD(Gemm, scales), FIELD(Gemm, hidden), FIELD(Gemm, weight_codes), FIELD(Gemm, weight_scales),
-    FIELD(Gemm, second_scale), FIELD(Gemm, up), FIELD(Gemm, bias), FIELD(Gemm, out),
+    FIELD(Gemm, second_scale), FIELD(Gemm, up), FIELD(Gemm, bias), FIELD(Gemm, addend), FIELD(Gemm, out),
     FIELD(GemmInt8, m), FIELD(GemmInt8, n), FIELD(GemmInt8, k), FIELD(GemmInt8, r), FIELD(GemmInt8, codes),
     FIELD(GemmInt8, scales), FIELD(GemmInt8, hidden), FIELD(GemmInt8, weight_codes), FIELD(GemmInt8, weight_scales),
-    FIELD(GemmInt8, up), FIELD(GemmInt8, bias), FIELD(GemmInt8, out),
+    FIELD(GemmInt8, up), FIELD(GemmInt8, bias), FIELD(GemmInt8, addend), FIELD(GemmInt8, out),
     FIELD(Gemv, m), FIELD(Gemv, n), FIELD(Gemv, k), FIELD(Gemv, group), FIELD(Gemv, x), FIELD(Gemv, weight_codes),
-    FIELD(Gemv, weight_scales), FIELD(Gemv, zeros), FIELD(Gemv, bias), FIELD(Gemv, out),
+    FIELD(Gemv, weight_scales), FIELD(Gemv, zeros), FIELD(Gemv, bias), FIELD(Gemv, addend), FIELD(Gemv, out),
 };
 
 }  // namespace
