@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 from torch.nn.functional import linear as matmul
 
 from . import reference
@@ -65,6 +66,20 @@ def _gemm(
 
 
 gemm_int4 = gemm_nvfp4 = gemm_int8 = _gemm
+
+
+def gemm_int4_gelu(
+    x: Tensor,
+    scales: None,
+    hidden: Tensor,
+    weights: LinearWeights,
+    following: LinearWeights,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, None, Tensor]:
+    """The product, GELU by tanh, and the shift of the int4 layer that follows; its hidden values without the shift."""
+    y = gelu(_gemm(x, scales, hidden, weights, dtype=dtype), approximate="tanh")
+    return quantize_int4_unsigned(y, following.smooth, following.down, following.spec.act_shift)
 
 
 def gemv_awq(

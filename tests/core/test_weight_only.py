@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from torch.nn.functional import gelu
 
 from svdquant_nodes.svdquant.core import linear, reference, weight_only
 from svdquant_nodes.tests import layers, oracle
@@ -39,6 +40,18 @@ def test_is_more_accurate_than_quantized_activations(name):
     truth = dense(x, w)
     errors = [distance(linear.linear(x, w, ops), truth).norm for ops in (weight_only, reference)]
     assert errors[0] < errors[1] / 5
+
+
+@pytest.mark.parametrize("second", ["int4", "int4-unsigned"])
+def test_a_gelu_between_two_layers(second):
+    w, following = (
+        layers.random_linear("int4", 128, 64, 16),
+        layers.random_linear(second, 64, 128, 16, seed=2),
+    )
+    x = layers.random(5, 64, seed=9)
+    got = linear.feed_forward(x, w, following, weight_only)
+    between = gelu(torch.from_numpy(dense(x, w)), approximate="tanh")
+    assert_close(got, dense(between, following), "fp32_sum")
 
 
 @pytest.mark.parametrize("op", OPS)
