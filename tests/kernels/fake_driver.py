@@ -96,7 +96,9 @@ class Functions:
         return self._run(name, Grid(x, y, threads, shared), params[0]) if self.arch else 0
 
     def _run(self, name: str, grid: Grid, params: int) -> int:
-        launch = library(self.arch).launch
+        kernels = library(self.arch)
+        kernels.forget()  # which tensors another test's kernel was given: this one's are not known here
+        launch = kernels.launch
         launch.restype = ctypes.c_char_p
         problem = launch(name.encode(), ctypes.byref(grid), ctypes.c_void_p(params))
         WORDS[700] = problem
