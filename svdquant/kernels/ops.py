@@ -172,6 +172,26 @@ class OpSet:
         spelling = self._choose(op, codes, dtype) if usual else select.REFERENCE
         return select.REFERENCE if spelling == select.WEIGHT_ONLY else spelling
 
+    def _product(
+        self,
+        op: str,
+        quantized: tuple[Tensor, Tensor | None, Tensor],
+        w: LinearWeights,
+        dtype: torch.dtype,
+        out: Tensor | None,
+        addend: Tensor | None,
+        *second_scale: Tensor,
+    ) -> Tensor:
+        """Any product of quantized activations, by the spelling that fits them; the output is made if none is given."""
+        codes, scales, hidden = quantized
+        spelling = self._choose_gemm(op, codes, scales, w, dtype)
+        if spelling in PLAIN:
+            return getattr(PLAIN[spelling], op)(*quantized, w, dtype=dtype, out=out, addend=addend)
+        out = _output(codes, w, dtype) if out is None else out
+        call = getattr(torch.ops.svdquant, op)
+        call(codes, scales, hidden, w.codes, w.scales, *second_scale, w.up, w.bias, addend, out, spelling)
+        return out
+
     def quantize_int4(self, x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Signed int4 activations; see core.reference.quantize_int4."""
         spelling = self._choose("quantize_int4", x, x.dtype)
@@ -216,14 +236,8 @@ class OpSet:
         addend: Tensor | None = None,
     ) -> Tensor:
         """W4A4 GEMM with branch and bias; see core.reference.gemm_int4."""
-        w, spelling = weights, self._choose_gemm("gemm_int4", codes, scales, weights, dtype)
-        if spelling in PLAIN:
-            return PLAIN[spelling].gemm_int4(codes, scales, hidden, w, dtype=dtype, out=out, addend=addend)
-        out = _output(codes, w, dtype) if out is None else out
-        torch.ops.svdquant.gemm_int4(
-            codes, scales, hidden, w.codes, w.scales, w.up, w.bias, addend, out, spelling
-        )
-        return out
+        quantized = codes, scales, hidden
+        return self._product("gemm_int4", quantized, weights, dtype, out, addend)
 
     def gemm_int4_gelu(
         self,
@@ -271,14 +285,8 @@ class OpSet:
         addend: Tensor | None = None,
     ) -> Tensor:
         """NVFP4 GEMM with branch and bias; see core.reference.gemm_nvfp4."""
-        w, spelling = weights, self._choose_gemm("gemm_nvfp4", codes, scales, weights, dtype)
-        if spelling in PLAIN:
-            return PLAIN[spelling].gemm_nvfp4(codes, scales, hidden, w, dtype=dtype, out=out, addend=addend)
-        out = _output(codes, w, dtype) if out is None else out
-        torch.ops.svdquant.gemm_nvfp4(
-            codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias, addend, out, spelling
-        )
-        return out
+        quantized = codes, scales, hidden
+        return self._product("gemm_nvfp4", quantized, weights, dtype, out, addend, weights.second_scale)
 
     def gemm_int8(
         self,
@@ -292,14 +300,8 @@ class OpSet:
         addend: Tensor | None = None,
     ) -> Tensor:
         """W8A8 GEMM with branch and bias; see core.reference.gemm_int8."""
-        w, spelling = weights, self._choose_gemm("gemm_int8", codes, scales, weights, dtype)
-        if spelling in PLAIN:
-            return PLAIN[spelling].gemm_int8(codes, scales, hidden, w, dtype=dtype, out=out, addend=addend)
-        out = _output(codes, w, dtype) if out is None else out
-        torch.ops.svdquant.gemm_int8(
-            codes, scales, hidden, w.codes, w.scales, w.up, w.bias, addend, out, spelling
-        )
-        return out
+        quantized = codes, scales, hidden
+        return self._product("gemm_int8", quantized, weights, dtype, out, addend)
 
     def gemv_awq(
         self,
