@@ -125,8 +125,7 @@ def quantize(x: Tensor, weights: LinearWeights, ops: ModuleType) -> Quantized:
 
 def multiply(quantized: Quantized, weights: LinearWeights, ops: ModuleType, **to: Any) -> Tensor:
     """A linear's second half: the product of what `quantize` made, branch and bias; `to` as in `linear`."""
-    gemm = f"gemm_{weights.spec.format}"
-    return getattr(ops, gemm)(*quantized, weights, **to)
+    return getattr(ops, f"gemm_{weights.spec.format}")(*quantized, weights, **to)
 
 
 def feed_forward(
@@ -205,10 +204,10 @@ def absorb(x: Tensor, parts: Sequence[Part], branches: Sequence[Branch]) -> tupl
     """Parts that have the branches as more rank of their own, and the branches that must be added beside them.
 
     So a LoRA costs a kernel a few ranks, and its output is written once. A part with rank of its own reads its input
-    alone, since its hidden values are others. Dense differences and Kronecker products have
-    no rank to give, AWQ parts no place for it. The strength goes into `down`, so that `up` may stay in 16 bits. Where x
-    has 16 bits, `down` is rounded to the dtype of the part's own, which tensor cores take; that costs at most what
-    rounding the branch's share of the output does.
+    alone, since its hidden values are others. Dense differences and Kronecker products have no rank to give, AWQ parts
+    no place for it. The strength goes into `down`, so that `up` may stay in 16 bits. Where x has 16 bits, `down` is
+    rounded to the dtype of the part's own, which tensor cores take; that costs at most what rounding the branch's share
+    of the output does.
 
     Done anew in every forward, on purpose: a few small copies. Kept, the pairs of FLUX.1 would take 0.4 GB beside the
     4-bit model for a LoRA of rank 16 and 1.2 GB for one of rank 128.

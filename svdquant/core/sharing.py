@@ -105,7 +105,6 @@ def _may_share(x: Tensor) -> bool:
 def _state(x: Tensor) -> tuple:
     """What changes when x is given other memory or is written to; its version only where one is counted."""
     version = None if x.is_inference() else x._version
-    stream = (
-        torch.cuda.current_stream(x.device) if x.is_cuda else None
-    )  # of another, codes may not be there yet
+    # on another stream the codes may not be there yet
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
     return x.data_ptr(), x.shape, x.stride(), x.dtype, version, stream

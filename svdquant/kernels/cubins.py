@@ -32,13 +32,8 @@ from .settings import settings
 log = logging.getLogger("svdquant-nodes")
 
 PROGRAM = Path(__file__).with_name("nvrtc.py")
-OPTIONS = (
-    "-std=c++17",
-    "-default-device",
-)  # functions without a word are the device's: none is the host's here
-KERNELS_AT_ONCE = (
-    3  # of one header, in one call of the compiler: all together are several of them side by side
-)
+OPTIONS = ("-std=c++17", "-default-device")  # the latter: functions without a word are the device's
+KERNELS_AT_ONCE = 3  # of one header, in one call of the compiler, of which several run side by side
 COMPILE_SECONDS = 300
 LIST = "kernels.json"
 
