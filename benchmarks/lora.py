@@ -45,7 +45,8 @@ import comfy.ops
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from svdquant_nodes.svdquant.adapters import branches, joining, layout
+from svdquant_nodes.svdquant.adapters import layout
+from svdquant_nodes.svdquant.adapters.lora import branches, joining
 from svdquant_nodes.svdquant.adapters.operations import make_operations, quantized_linears
 from svdquant_nodes.svdquant.core import reference
 

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import pack
 
 pack.alias()
-from svdquant_nodes.svdquant.adapters import factors, truncation
-from svdquant_nodes.svdquant.adapters.factors import Factored
+from svdquant_nodes.svdquant.adapters.lora import factors, truncation
+from svdquant_nodes.svdquant.adapters.lora.factors import Factored
 
 MOST = 1024  # ranks, where a LoRA is baked
 

@@ -25,7 +25,7 @@ import pack
 pack.alias()
 from svdquant_nodes.loaders.source import open_source
 from svdquant_nodes.svdquant.adapters.demo import load_vae
-from svdquant_nodes.svdquant.adapters.plans import make_plan
+from svdquant_nodes.svdquant.adapters.quantizing.plans import make_plan
 from svdquant_nodes.svdquant.quantizer import recipes, stream
 from svdquant_nodes.svdquant.quantizer.compare import psnr, ssim
 from svdquant_nodes.svdquant.quantizer.statistics import Statistics

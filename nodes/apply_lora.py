@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..svdquant.adapters import lora
+from ..svdquant.adapters.lora.apply import apply_lora
 from .lora_inputs import chosen, further_loras, lora_inputs
 
 
@@ -44,7 +44,7 @@ class SVDQuantApplyLora(io.ComfyNode):
     ) -> io.NodeOutput:
         reports = []
         for path, by in chosen(lora_name, strength, more, others):
-            model, report = lora.apply_lora(model, path, by)
+            model, report = apply_lora(model, path, by)
             reports.append(str(report))
         text = "\n".join(reports)
         return io.NodeOutput(model, text, ui=ui.PreviewText(text))

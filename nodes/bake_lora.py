@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..svdquant.adapters import bake, folders
+from ..svdquant.adapters import folders
+from ..svdquant.adapters.baking import bake
 from .lora_inputs import chosen, further_loras, lora_inputs
 
 

@@ -6,7 +6,7 @@ import logging
 
 from comfy_api.latest import io
 
-from ..svdquant.adapters import calibration
+from ..svdquant.adapters.quantizing import calibration
 from ..svdquant.quantizer.statistics import Statistics
 
 log = logging.getLogger("svdquant-nodes")

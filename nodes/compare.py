@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..svdquant.adapters import compare as host
 from ..svdquant.adapters import sampling
+from ..svdquant.adapters.quantizing import compare as host
 from ..svdquant.quantizer import compare
 from ..svdquant.quantizer.statistics import Statistics
 from .sample import SETTINGS

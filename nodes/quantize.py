@@ -9,8 +9,9 @@ from comfy_api.latest import io, ui
 
 from ..loaders.plan import Plan
 from ..loaders.source import open_source
-from ..svdquant.adapters import folders, plans
-from ..svdquant.adapters import quantize as host
+from ..svdquant.adapters import folders
+from ..svdquant.adapters.quantizing import plans
+from ..svdquant.adapters.quantizing import quantize as host
 from ..svdquant.quantizer import choices, recipes, report, stream
 from ..svdquant.quantizer import statistics as kept
 from ..svdquant.quantizer.sensitivity import Limit

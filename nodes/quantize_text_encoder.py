@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..loaders.source import open_source
 from ..svdquant.adapters import folders
-from ..svdquant.adapters import quantize as host
+from ..svdquant.adapters.quantizing import quantize as host
 from ..svdquant.quantizer import report, text_encoder
 
 

@@ -51,10 +51,13 @@ def test_documents_stay_short(name, cap):
 
 
 ENGINE = DOCS.parent / "svdquant"
-MODULES = sorted(p.relative_to(ENGINE) for p in ENGINE.glob("*/*.py") if p.stem != "__init__")
+PLACED = [p.relative_to(ENGINE) for p in ENGINE.glob("*/**/*.py") if p.stem != "__init__"]
+MODULES = sorted(
+    p for p in PLACED if p.parent.name != "families"
+)  # whose tables the README's list of models tells
 
 
 def test_architecture_places_every_module():
-    table = re.findall(r"^\| `(\w+)/`: .+? \| (.+) \|$", text("architecture.md"), re.MULTILINE)
+    table = re.findall(r"^\| `([\w/]+)/`: .+? \| (.+) \|$", text("architecture.md"), re.MULTILINE)
     told = sorted(Path(room, f"{name}.py") for room, files in table for name in re.findall(r"`(\w+)`", files))
     assert told == MODULES

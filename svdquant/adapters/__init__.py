@@ -1,1 +1,11 @@
-"""The seam to ComfyUI: the only code besides the nodes that imports it. `families` are tables and import none."""
+"""The seam to ComfyUI: the only code besides the nodes that imports it.
+
+load, text_encoder   a checkpoint becomes a host's model or text encoder
+                     for them: family, conventions, layout, operations, inputs, feed_forward, activations
+families/            one table a model family; they import no ComfyUI
+lora/                LoRAs on a loaded model
+baking/              LoRAs folded into a file
+quantizing/          which linears become 4-bit, calibration, comparison
+patcher              methods of the host's patcher that must act differently on 4-bit layers
+convert, report, sampling, folders, demo   what the other nodes call
+"""

@@ -20,11 +20,12 @@ from ...loaders.detect import open_checkpoint
 from ..core.weights import LinearWeights
 from ..kernels import ops as kernel_ops
 from . import activations as widths
-from . import branches, feed_forward, layout
+from . import feed_forward, layout
 from .conventions import straighten
 from .families import Family, Mapped, Role, apply_role, resolve
 from .family import assemble, take_share
 from .inputs import share_inputs
+from .lora import branches
 from .operations import make_operations, quantized_linears
 
 log = logging.getLogger("svdquant-nodes")

@@ -20,7 +20,7 @@ from ..core import linear as core
 from ..core.linear import Branch, Layer
 from ..core.sharing import Slot
 from .layout import dense, parts_of, shift_compensation, unpack, with_branches
-from .residence import Residence
+from .lora.residence import Residence
 
 
 def make_operations(ops: ModuleType) -> type:
@@ -38,7 +38,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     """The host's Linear that can also hold an SVDQuant weight and LoRA branches.
 
     Everything a quantized weight needs is in `.weight`; `.bias` is the stored bias. LoRA arrives as branches, set by
-    `branches.py` and kept where the weight is, so the host's own weight functions, which would merge into a dense
+    `lora/branches.py` and kept where the weight is, so the host's own weight functions, which would merge into a dense
     weight, are kept out: they are properties that read empty while the weight is quantized.
     """
 

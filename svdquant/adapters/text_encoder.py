@@ -27,10 +27,10 @@ from ...loaders.detect import explain, open_tensors, read_quantized
 from ...loaders.source import SCALES
 from ...loaders.tensorfile import TensorFile
 from ..kernels import ops as kernel_ops
-from . import branches
 from .families import t5
 from .family import Mapped
 from .load import Source, check_complete, family_of, make_state_dict
+from .lora import branches
 from .operations import make_operations, quantized_linears
 from .patcher import refuse_saving
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.loaders.source import open_source
-from svdquant_nodes.svdquant.adapters import calibration, families
+from svdquant_nodes.svdquant.adapters import families
 from svdquant_nodes.svdquant.adapters.load import load_model
-from svdquant_nodes.svdquant.adapters.plans import make_plan
+from svdquant_nodes.svdquant.adapters.quantizing import calibration
+from svdquant_nodes.svdquant.adapters.quantizing.plans import make_plan
 from svdquant_nodes.svdquant.quantizer import recipes, stream
 from svdquant_nodes.svdquant.quantizer.statistics import Statistics
 from svdquant_nodes.tests.inside_host import small, twins

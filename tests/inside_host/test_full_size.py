@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from svdquant_nodes.loaders.detect import open_checkpoint
+from svdquant_nodes.svdquant.adapters.baking.places import pieces_of
 from svdquant_nodes.svdquant.adapters.families import resolve
-from svdquant_nodes.svdquant.adapters.fold import pieces_of
 from svdquant_nodes.tests.loaders import full_size, made
 
 META = {"device": "meta", "operations": comfy.ops.disable_weight_init}

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.loaders.source import open_source
 from svdquant_nodes.svdquant.adapters.load import load_model
-from svdquant_nodes.svdquant.adapters.plans import make_plan
+from svdquant_nodes.svdquant.adapters.quantizing.plans import make_plan
 from svdquant_nodes.svdquant.quantizer import recipes, stream
 from svdquant_nodes.tests.inside_host.test_other_families import check_weights
 from svdquant_nodes.tests.small_models import SMALL, detecting, random_weights

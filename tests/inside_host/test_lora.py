@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from svdquant_nodes.svdquant.adapters.lora import apply_lora
+from svdquant_nodes.svdquant.adapters.lora.apply import apply_lora
 from svdquant_nodes.tests.inside_host import loras
 from svdquant_nodes.tests.inside_host.twins import error, sample
 from svdquant_nodes.tests.tolerances import assert_close

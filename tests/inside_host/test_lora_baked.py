@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from svdquant_nodes.svdquant.adapters.bake import bake
+from svdquant_nodes.svdquant.adapters.baking.bake import bake
 from svdquant_nodes.svdquant.adapters.load import load_model
-from svdquant_nodes.svdquant.adapters.lora import apply_lora
+from svdquant_nodes.svdquant.adapters.lora.apply import apply_lora
 from svdquant_nodes.tests.inside_host import loras
 from svdquant_nodes.tests.inside_host.twins import DEMO_INT4, DEMO_LORA, EXACT_ACTIVATIONS, error, sample
 from svdquant_nodes.tests.tolerances import assert_close

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdquant_nodes.svdquant.adapters import lora
+from svdquant_nodes.svdquant.adapters.lora.apply import apply_lora
 from svdquant_nodes.svdquant.adapters.operations import quantized_linears
 from svdquant_nodes.svdquant.core import tiles
 from svdquant_nodes.tests.inside_host import loras
@@ -61,7 +61,7 @@ SAME_AS_DIFFUSERS = {
 def apply(model, tensors, tmp_path, strength=1.0):
     path = tmp_path / "some.safetensors"
     save_file({name: t.contiguous() for name, t in tensors.items()}, path)
-    return lora.apply_lora(model, path, strength)
+    return apply_lora(model, path, strength)
 
 
 def compare(twins, ours, for_the_host, tmp_path, strength=1.0):

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from svdquant_nodes.loaders.source import open_source
-from svdquant_nodes.svdquant.adapters.bake import bake
+from svdquant_nodes.svdquant.adapters.baking.bake import bake
 from svdquant_nodes.svdquant.adapters.load import load_model
-from svdquant_nodes.svdquant.adapters.lora import apply_lora
-from svdquant_nodes.svdquant.adapters.plans import make_plan
+from svdquant_nodes.svdquant.adapters.lora.apply import apply_lora
+from svdquant_nodes.svdquant.adapters.quantizing.plans import make_plan
 from svdquant_nodes.svdquant.quantizer import stream
 from svdquant_nodes.tests.inside_host import loras, small
 from svdquant_nodes.tests.inside_host.test_lora_families import (

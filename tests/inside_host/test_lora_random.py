@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdquant_nodes.loaders.detect import open_checkpoint
-from svdquant_nodes.svdquant.adapters import joining, layout
-from svdquant_nodes.svdquant.adapters.bake import bake
-from svdquant_nodes.svdquant.adapters.bake_tensors import Base
-from svdquant_nodes.svdquant.adapters.lora import apply_lora
+from svdquant_nodes.svdquant.adapters import layout
+from svdquant_nodes.svdquant.adapters.baking.bake import bake
+from svdquant_nodes.svdquant.adapters.baking.base import Base
+from svdquant_nodes.svdquant.adapters.lora import joining
+from svdquant_nodes.svdquant.adapters.lora.apply import apply_lora
 from svdquant_nodes.svdquant.adapters.operations import quantized_linears
 from svdquant_nodes.tests.inside_host import lora_dice, loras
 from svdquant_nodes.tests.inside_host.lora_dice import Dice

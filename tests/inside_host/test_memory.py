@@ -10,7 +10,8 @@ import comfy.model_patcher
 import pytest
 import torch
 
-from svdquant_nodes.svdquant.adapters import budget, layout, residence
+from svdquant_nodes.svdquant.adapters import layout
+from svdquant_nodes.svdquant.adapters.lora import budget, residence
 from svdquant_nodes.svdquant.adapters.operations import quantized_linears
 from svdquant_nodes.svdquant.core import linear
 from svdquant_nodes.tests.inside_host import loras

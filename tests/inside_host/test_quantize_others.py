@@ -10,7 +10,7 @@ from svdquant_nodes.loaders.source import open_source
 from svdquant_nodes.nodes.calibrate import SVDQuantCalibrate
 from svdquant_nodes.svdquant.adapters.load import load_model
 from svdquant_nodes.svdquant.adapters.operations import quantized_linears
-from svdquant_nodes.svdquant.adapters.plans import make_plan
+from svdquant_nodes.svdquant.adapters.quantizing.plans import make_plan
 from svdquant_nodes.svdquant.quantizer import choices, stream
 from svdquant_nodes.svdquant.quantizer.sensitivity import Limit
 from svdquant_nodes.tests.inside_host import small

@@ -16,7 +16,7 @@ import pytest
 from svdquant_nodes.loaders import writer
 from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.loaders.source import open_source
-from svdquant_nodes.svdquant.adapters.plans import make_plan
+from svdquant_nodes.svdquant.adapters.quantizing.plans import make_plan
 from svdquant_nodes.svdquant.quantizer import stream
 from svdquant_nodes.tests.quantizer import tiny
 from svdquant_nodes.tests.quantizer.test_stream import quantize, svdquant

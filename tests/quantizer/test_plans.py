@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from svdquant_nodes.loaders.source import open_source
-from svdquant_nodes.svdquant.adapters.plans import make_plan, pays
+from svdquant_nodes.svdquant.adapters.quantizing.plans import make_plan, pays
 from svdquant_nodes.svdquant.quantizer import jobs
 from svdquant_nodes.svdquant.quantizer.statistics import Statistics
 from svdquant_nodes.tests.quantizer import tiny

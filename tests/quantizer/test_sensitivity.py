@@ -12,7 +12,7 @@ from svdquant_nodes.loaders import natural
 from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.loaders.source import open_source
 from svdquant_nodes.svdquant.adapters.families import resolve
-from svdquant_nodes.svdquant.adapters.plans import make_plan
+from svdquant_nodes.svdquant.adapters.quantizing.plans import make_plan
 from svdquant_nodes.svdquant.core.weights import INT4, INT4_UNSIGNED, NVFP4
 from svdquant_nodes.svdquant.quantizer import choices, recipes, sensitivity, stream
 from svdquant_nodes.svdquant.quantizer.branch import take_branch

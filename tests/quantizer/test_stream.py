@@ -16,7 +16,7 @@ from svdquant_nodes.loaders.source import open_source
 from svdquant_nodes.svdquant.adapters.conventions import straighten
 from svdquant_nodes.svdquant.adapters.families import resolve
 from svdquant_nodes.svdquant.adapters.family import apply_role, assemble
-from svdquant_nodes.svdquant.adapters.plans import make_plan
+from svdquant_nodes.svdquant.adapters.quantizing.plans import make_plan
 from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.svdquant.quantizer import stream
 from svdquant_nodes.svdquant.quantizer.statistics import Statistics, save

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from ...svdquant.adapters.bake import LIMIT, bake
+from ...svdquant.adapters.baking.bake import LIMIT, bake
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from ...loaders.source import Job, SourceModel, open_source
 from ...svdquant.adapters.conventions import straighten
 from ...svdquant.adapters.families import resolve
 from ...svdquant.adapters.family import Role, apply_role
-from ...svdquant.adapters.plans import make_plan
+from ...svdquant.adapters.quantizing.plans import make_plan
 from ...svdquant.core import linear, reference
 from ...svdquant.core.weights import LinearWeights
 from ...svdquant.quantizer import report, statistics

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ...loaders.plan import Plan
 from ...loaders.source import SourceModel, open_source
-from ...svdquant.adapters.plans import MODEL, make_plan
+from ...svdquant.adapters.quantizing.plans import MODEL, make_plan
 from ...svdquant.quantizer import choices, recipes, report, statistics, stream, text_encoder
 from ...svdquant.quantizer.sensitivity import FORMATS, Limit
 

@@ -10,13 +10,13 @@ import comfy.utils
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
-from ...loaders import lora_nunchaku
-from ...loaders.lora_nunchaku import Pair
-from ..core.linear import Part
-from .families import FAMILIES
-from .family import Role
-from .layout import unpack
-from .operations import QuantizedLinear
+from ....loaders import lora_nunchaku
+from ....loaders.lora_nunchaku import Pair
+from ...core.linear import Part
+from ..families import FAMILIES
+from ..family import Role
+from ..layout import unpack
+from ..operations import QuantizedLinear
 
 Key = str | tuple
 

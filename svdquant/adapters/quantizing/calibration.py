@@ -15,7 +15,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .operations import quantized_linears
+from ..operations import quantized_linears
 from .plans import pays
 
 log = logging.getLogger("svdquant-nodes")

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..core.linear import Branch
+from ...core.linear import Branch
 from .factors import Factored, largest_worth, pair
 
 FIRST_SKETCH = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from svdquant_nodes.svdquant.adapters import bake
+from svdquant_nodes.svdquant.adapters.baking import bake
 from svdquant_nodes.svdquant.core import tiles
 from svdquant_nodes.tests import golden
 from svdquant_nodes.tests.loaders import made

@@ -9,8 +9,9 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from . import calibration, sampling
-from .operations import quantized_linears
+from .. import sampling
+from ..operations import quantized_linears
+from . import calibration
 
 
 @dataclass(frozen=True)

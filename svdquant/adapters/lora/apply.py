@@ -13,14 +13,14 @@ import comfy.utils
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
-from ...loaders import lora_nunchaku
-from ...loaders.lora import read_lora
-from ...loaders.lora_belongs import check_belongs
-from ...loaders.lora_names import Renamed, rename
-from . import joining, nunchaku_lora, rescaling
+from ....loaders import lora_nunchaku
+from ....loaders.lora import read_lora
+from ....loaders.lora_belongs import check_belongs
+from ....loaders.lora_names import Renamed, rename
+from ..operations import QuantizedLinear
+from . import joining, nunchaku, rescaling
 from . import patches as patching
-from .lora_layers import known_names
-from .operations import QuantizedLinear
+from .layer_names import known_names
 
 log = logging.getLogger("svdquant-nodes")
 
@@ -114,7 +114,7 @@ def make_patches(model, path: Path, tensors: Mapping[str, Tensor]) -> tuple[Patc
     key_map = known_names(model.model)
     ready: Patches = {}
     if lora_nunchaku.detect(tensors):
-        ready, tensors = nunchaku_lora.make_patches(model, path, tensors)
+        ready, tensors = nunchaku.make_patches(model, path, tensors)
     renamed = rename(path, tensors, key_map)
     if ready:
         renamed = replace(renamed, naming="Nunchaku")

@@ -16,7 +16,7 @@ from typing import Any
 
 from comfy.patcher_extension import PatcherInjection
 
-from .operations import QuantizedLinear
+from ..operations import QuantizedLinear
 
 BYPASS = "bypass_lora"  # the key of the host's loaders
 BECOME_PATCHES = ("lora", "loha", "lokr")  # the rest transform a layer's output or input, which no patch says

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from svdquant_nodes.tests.adapters import baking
+from svdquant_nodes.tests.adapters.baking import toy
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A toy checkpoint with the branches that the LoRA goldens were made on, and their LoRAs."""
-    return baking.make(tmp_path_factory.mktemp("bake"))
+    return toy.make(tmp_path_factory.mktemp("bake"))

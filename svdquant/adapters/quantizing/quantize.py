@@ -7,7 +7,7 @@ from pathlib import Path
 
 import comfy.model_management
 
-from . import folders
+from .. import folders
 
 
 def target(name: str, kind: str = folders.MODELS) -> Path:

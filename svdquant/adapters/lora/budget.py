@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import weakref
 
+from ..operations import QuantizedLinear, quantized_linears
 from . import joining
-from .operations import QuantizedLinear, quantized_linears
 
 
 def count_branches(patcher) -> None:

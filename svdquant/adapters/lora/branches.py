@@ -10,7 +10,7 @@ which `clone()` copies along, keep the layers' `branches` equal to what the patc
   ON_CLEANUP        back to the base after sampling
   ON_DETACH         nothing, so that no LoRA stays on the device; but a clone that merely dies or gives way to
                     another clone of the loaded model (unpatch_all is False) must not touch that one's branches
-  ON_CLONE          the clone is shadowed and watched too (patcher.py, budget.py, bypass.py)
+  ON_CLONE          the clone is shadowed and watched too (../patcher.py, budget.py, bypass.py)
 
 How one patch becomes branches is in joining.py, where branches are kept in residence.py.
 """
@@ -23,11 +23,11 @@ from collections.abc import Mapping
 
 from comfy.patcher_extension import CallbacksMP
 
+from ..operations import quantized_linears
+from ..patcher import shadow
 from . import bypass, joining
 from .budget import count_branches
 from .joining import Joined
-from .operations import quantized_linears
-from .patcher import shadow
 from .patches import Patch
 
 KEY = "svdquant"

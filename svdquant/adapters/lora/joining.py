@@ -22,10 +22,11 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..core.linear import Branch
-from . import factors, layout
+from ...core.linear import Branch
+from .. import layout
+from ..operations import QuantizedLinear
+from . import factors
 from .factors import Factored
-from .operations import QuantizedLinear
 from .patches import Patch, is_blind, members_of, misfit, region
 from .truncation import error_limit, truncated
 

@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ...loaders.source import ALL, Change, Fold, Job, SourceModel
-from .families import flux
-from .family import Layer, Names, Plain, Role, Stored
+from ....loaders.source import ALL, Change, Fold, Job, SourceModel
+from ..families import flux
+from ..family import Layer, Names, Plain, Role, Stored
 
 HEAD = 128
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from svdquant_nodes.loaders.detect import open_checkpoint
-from svdquant_nodes.svdquant.adapters import bake
+from svdquant_nodes.svdquant.adapters.baking import bake
 from svdquant_nodes.svdquant.core import tiles
 from svdquant_nodes.tests import golden
-from svdquant_nodes.tests.adapters.baking import GOLDEN, D, S, one_layer, product, run
+from svdquant_nodes.tests.adapters.baking.toy import GOLDEN, D, S, one_layer, product, run
 from svdquant_nodes.tests.loaders import made
 from svdquant_nodes.tests.tolerances import assert_close
 from svdquant_nodes.tools.commands import bake_lora

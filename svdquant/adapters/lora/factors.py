@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.linear import Branch
+from ...core.linear import Branch
 
 Members = Mapping[str, Tensor]
 

@@ -11,13 +11,13 @@ import re
 from dataclasses import replace
 from functools import partial
 
-from ...loaders import natural, nunchaku
-from ...loaders.detect import TEXT_ENCODER
-from ...loaders.plan import Plan
-from ...loaders.source import Job, SourceModel
-from ..core.weights import AWQ, INT4, NVFP4
-from .families import flux, native, resolve
-from .family import Names
+from ....loaders import natural, nunchaku
+from ....loaders.detect import TEXT_ENCODER
+from ....loaders.plan import Plan
+from ....loaders.source import Job, SourceModel
+from ...core.weights import AWQ, INT4, NVFP4
+from ..families import flux, native, resolve
+from ..family import Names
 from .plan_flux import flux_jobs, flux_metadata, flux_names, stored_name
 from .plan_published import host_names, published_jobs, published_name
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ...loaders.source import Change, Job, SourceModel
-from .families import FAMILIES
-from .family import Family, Layer, Names, Stored, template
+from ....loaders.source import Change, Job, SourceModel
+from ..families import FAMILIES
+from ..family import Family, Layer, Names, Stored, template
 
 ENDS = ("weight", "bias")
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..core.linear import Branch
-from . import factors, rescaling
-from .factors import Factored, Members
-from .truncation import kron_pair, needed, truncated
+from ...core.linear import Branch
+from ..lora import factors, rescaling
+from ..lora.factors import Factored, Members
+from ..lora.truncation import kron_pair, needed, truncated
 
 MAX_RANK = 1024  # what the published engine's kernels take
 _SEEING = {"dora_scale", "oft_blocks", "a1.weight"}  # tails of adapters that look at the weight

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import comfy.lora
 
-from .lora_diffusers import diffusers_names
+from .diffusers_names import diffusers_names
 
 Target = str | tuple  # the host's: a weight's key; for a part of one (key, offset) or (key, offset, function)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..core.linear import Branch
+from ...core.linear import Branch
 
 CPU = torch.device("cpu")
 

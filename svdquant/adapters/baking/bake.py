@@ -18,20 +18,20 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from ...loaders import lora_nunchaku, nunchaku
-from ...loaders.checkpoint import Checkpoint, Lazy
-from ...loaders.detect import open_checkpoint
-from ...loaders.lora import read_lora
-from ...loaders.lora_belongs import check_belongs
-from ...loaders.lora_names import rename
-from ...loaders.nunchaku_linear import encode_linear
-from ...loaders.writer import write_checkpoint
-from ..core.linear import Branch
-from . import bake_adapter, bake_tensors
-from .bake_adapter import Target
-from .bake_tensors import Base, Changes
-from .convert import convert
-from .families import native, resolve
+from ....loaders import lora_nunchaku, nunchaku
+from ....loaders.checkpoint import Checkpoint, Lazy
+from ....loaders.detect import open_checkpoint
+from ....loaders.lora import read_lora
+from ....loaders.lora_belongs import check_belongs
+from ....loaders.lora_names import rename
+from ....loaders.nunchaku_linear import encode_linear
+from ....loaders.writer import write_checkpoint
+from ...core.linear import Branch
+from ..convert import convert
+from ..families import native, resolve
+from .adapter import Target, fit
+from .base import Base, Changes
+from .tensors import branch_tensors, distribute, metadata, rest_tensors, vector_tensors
 
 LIMIT = 0.01  # relative error of a LoRA's part of a layer, where it is not low-rank
 Progress = Callable[[int, int], None]
@@ -132,9 +132,9 @@ def _write(
     unmatched = [
         name for path, strength in loras for name in collect(source, path, strength, changes, limit, step)
     ]
-    grown, left = bake_tensors.distribute(source, changes)
-    made = bake_tensors.branch_tensors(source, grown) | bake_tensors.vector_tensors(source, changes, left)
-    stored, strings = source.checkpoint.stored, bake_tensors.metadata(source.checkpoint, grown, loras)
+    grown, left = distribute(source, changes)
+    made = branch_tensors(source, grown) | vector_tensors(source, changes, left)
+    stored, strings = source.checkpoint.stored, metadata(source.checkpoint, grown, loras)
     names = list(dict.fromkeys([*stored, *made]))
 
     def tensor(name: str) -> Tensor:
@@ -143,7 +143,7 @@ def _write(
 
     write_checkpoint(target, {}, Lazy(names, tensor), strings, encode_linear)
     if left:
-        write_checkpoint(rest, {}, bake_tensors.rest_tensors(source, left), {"format": "pt"}, encode_linear)
+        write_checkpoint(rest, {}, rest_tensors(source, left), {"format": "pt"}, encode_linear)
     return Baked(
         target,
         layers=len(grown),
@@ -203,7 +203,7 @@ def _branch(
         return before[rows, columns]
 
     shape = (rows.stop - rows.start, columns.stop - columns.start)
-    found = bake_adapter.fit(members, strength, Target(shape, weight, limit, not source.merges(place.host)))
+    found = fit(members, strength, Target(shape, weight, limit, not source.merges(place.host)))
     if found.error:
         changes.errors[place.host] = max(found.error, changes.errors.get(place.host, 0.0))
     if not found.branches:  # a difference of nothing

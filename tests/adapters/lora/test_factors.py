@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svdquant_nodes.svdquant.adapters import factors, truncation
+from svdquant_nodes.svdquant.adapters.lora import factors, truncation
 from svdquant_nodes.tests import layers, lora_oracle
 from svdquant_nodes.tests.tolerances import assert_close
 

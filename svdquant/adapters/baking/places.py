@@ -7,16 +7,13 @@ and a host layer is tiled by rectangles of stored linears.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..core.linear import Branch
-from .family import Family, Layer, Mapped, Stored
-from .lora_diffusers import diffusers_names
+from ..family import Family, Layer, Mapped, Stored, template
+from ..lora.diffusers_names import diffusers_names
 
 PREFIX = "diffusion_model."
 
@@ -79,7 +76,7 @@ def names_of(checkpoint, family: Family, mapped: Mapped) -> dict[str, Place]:
     for host in mapped.plain:
         _add(known, host.removesuffix(".weight"), Place(host))
         for plain in family.plain:
-            match = len(plain.names) == 1 and re.fullmatch(_pattern(plain.host), host)
+            match = len(plain.names) == 1 and template(plain.host).fullmatch(host)
             if match:
                 alias = plain.names[0].format(*match.groups()).removesuffix(".weight")
                 for form in _forms(alias):
@@ -94,10 +91,6 @@ def _add(known: dict[str, Place], module: str, place: Place) -> None:
         known.setdefault(form, place)
 
 
-def _pattern(template: str) -> str:
-    return re.escape(template).replace(r"\{\}", r"(\d+)")
-
-
 def _forms(module: str) -> Iterator[str]:
     yield f"{PREFIX}{module}"
     yield f"lora_unet_{module.replace('.', '_')}"
@@ -106,7 +99,7 @@ def _forms(module: str) -> Iterator[str]:
 def _aliases(family: Family, host: str, pieces: Sequence[Piece], axis: str) -> Iterator[tuple[str, Place]]:
     """The stored names of every option of a host layer, whichever one the checkpoint chose."""
     for layer in family.layers:
-        match = re.fullmatch(_pattern(layer.host), host)
+        match = template(layer.host).fullmatch(host)
         for option in layer.options if match else ():
             spans = _spans(layer, option, pieces, axis)
             for one, span in zip(option, spans, strict=False):
@@ -132,55 +125,3 @@ def _spans(
         return ()
     stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
-
-
-def cut(branch: Branch, piece: Piece) -> tuple[Tensor, Tensor] | None:
-    """The part of a host layer's branch that falls on a stored piece: down [r, k], up [n, r]; None where none does."""
-    (r0, r1), (c0, c1) = (
-        (max(a.start, b.start), min(a.stop, b.stop))
-        for a, b in ((branch.rows, piece.rows), (branch.columns, piece.columns))
-    )
-    if r0 >= r1 or c0 >= c1:
-        return None
-    rank = branch.down.shape[0]
-    down = branch.down.new_zeros(rank, piece.columns.stop - piece.columns.start)
-    up = branch.up.new_zeros(piece.rows.stop - piece.rows.start, rank)
-    down[:, c0 - piece.columns.start : c1 - piece.columns.start] = branch.down[
-        :, c0 - branch.columns.start : c1 - branch.columns.start
-    ]
-    up[r0 - piece.rows.start : r1 - piece.rows.start] = branch.up[
-        r0 - branch.rows.start : r1 - branch.rows.start
-    ]
-    return scaled(down, branch.strength), up
-
-
-def scaled(down: Tensor, strength: float) -> Tensor:
-    """The strength folded into `down`, rounded once; as it is at strength 1."""
-    return down if strength == 1.0 else (down.float() * strength).to(down.dtype)
-
-
-def stack(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Pairs that share one `down` (q, k and v trained together) become one pair, their `up`s added."""
-    stacked: list[tuple[Tensor, Tensor]] = []
-    for down, up in pairs:
-        for i, (other, sum_so_far) in enumerate(stacked):
-            apart = not bool(((up != 0).any(1) & (sum_so_far != 0).any(1)).any())
-            if apart and torch.equal(down, other):
-                stacked[i] = (other, sum_so_far + up)
-                break
-        else:
-            stacked.append((down, up))
-    return stacked
-
-
-def widen(base: Mapping[str, Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """A base branch with further pairs beside it: D = [D0 ; A ...], U = [U0 | B ...].
-
-    base      down [R0, K], up [N, R0]
-    returns   down [R, K], up [N, R] in the base's dtype
-    """
-    down, up = base["down"], base["up"]
-    downs, ups = zip(*pairs, strict=True) if pairs else ((), ())
-    return torch.cat([down, *(d.to(down.dtype) for d in downs)]), torch.cat(
-        [up, *(u.to(up.dtype) for u in ups)], 1
-    )

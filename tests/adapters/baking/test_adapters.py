@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from svdquant_nodes.loaders import natural
 from svdquant_nodes.loaders.detect import open_checkpoint
-from svdquant_nodes.svdquant.adapters import bake, bake_adapter
+from svdquant_nodes.svdquant.adapters.baking import adapter, bake
 from svdquant_nodes.svdquant.adapters.convert import convert
 from svdquant_nodes.tests import layers, lora_oracle
-from svdquant_nodes.tests.adapters.baking import D, one_layer, product, run
+from svdquant_nodes.tests.adapters.baking.toy import D, one_layer, product, run
 from svdquant_nodes.tests.loaders import made
 from svdquant_nodes.tests.tolerances import assert_close
 
@@ -122,7 +122,7 @@ class TestALimitOfTheError:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        monkeypatch.setattr(bake_adapter, "MAX_RANK", 32)
+        monkeypatch.setattr(adapter, "MAX_RANK", 32)
 
     noisy = {"diff": random(128, 8, seed=1) @ random(8, 128, seed=2) + random(128, 128, seed=3, by=0.1)}
     lokr = {"lokr_w1": torch.diag(torch.tensor([1.0, 1e-2])), "lokr_w2": random(64, 64, seed=2)}
