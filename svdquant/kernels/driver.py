@@ -39,6 +39,12 @@ class Driver:
         if code:
             raise DriverError(f"cu{name}: {self._words(code)}")
 
+    def version(self) -> int:
+        """Of the CUDA that it is for: 13000."""
+        number = ctypes.c_int()
+        self.call("DriverGetVersion", ctypes.byref(number))
+        return number.value
+
     def _words(self, code: int) -> str:
         text = ctypes.c_char_p()
         if self._functions.cuGetErrorString(code, ctypes.byref(text)) or not text.value:

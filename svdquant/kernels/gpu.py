@@ -2,7 +2,8 @@
 
 A kernel that is wrong on a card nobody has tried would paint noise and blame the model; one that crashes or hangs would
 take the host with it. So a new library is first tried in a process of its own, on each model of GPU it meets
-(trial.py). The spellings that fail are left out, with a line in the log; the verdict is kept beside the library.
+(trial.py). The spellings that fail are left out, with a line in the log; the verdict is kept beside the library, until
+there is another driver.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 import torch
 
 from . import cuda, scaled, select
+from .cache import Unavailable
+from .driver import DriverError, open_driver
 from .settings import settings
 
 log = logging.getLogger("svdquant-nodes")
@@ -70,22 +73,21 @@ def trusted(found: select.Device, library: Path, index: int) -> select.Device:
 
     library   its place: where it could not be built, the spellings that need none are tried, and that verdict is apart
     """
-    name = torch.cuda.get_device_properties(index).name
-    of = f"torch-{torch.__version__}" if found.missing else library.stem
-    kept = library.with_name(f"{of}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}.json")
-    verdict = _recall(kept)
-    if verdict is None:
-        verdict = judge(index)
-        _keep(kept, verdict)
-    for spelling, fault in verdict.faults.items():
+    found_out = verdict(found, library, index)
+    for spelling, fault in found_out.faults.items():
         log.warning(
             "SVDQuant: kernel %s failed the self-test on %s and is not used: %s. Please report this line.",
             spelling,
-            name,
+            torch.cuda.get_device_properties(index).name,
             fault,
         )
-    distrusted = {row.name for row in select.to_try(found)} if verdict.untried else verdict.faults
-    return replace(found, distrusted=frozenset(distrusted), missing=found.missing or verdict.untried)
+    distrusted = {row.name for row in select.to_try(found)} if found_out.untried else found_out.faults
+    return replace(found, distrusted=frozenset(distrusted), missing=found.missing or found_out.untried)
+
+
+def survivors(found: select.Device, library: Path, index: int) -> select.Device:
+    """The device without the spellings that end a process on it, for whoever wants to see what is wrong with others."""
+    return replace(found, distrusted=frozenset(verdict(found, library, index).deadly))
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,38 @@ class Verdict:
 
     faults    spelling -> what was wrong with it
     untried   why nothing could be tried, "" if it could
+    deadly    those at fault that took the process along: nothing else can be computed after them
     """
 
     faults: dict[str, str]
     untried: str = ""
+    deadly: tuple[str, ...] = ()
+
+
+def verdict(found: select.Device, library: Path, index: int) -> Verdict:
+    """What a trial of a library on a GPU finds, or has found under the same driver."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_properties(index).name)
+    of = f"torch-{torch.__version__}" if found.missing else library.stem
+    kept = library.with_name(f"{of}-{name}-{_driver()}.json")
+    known = _recall(kept)
+    if known is None:
+        known = judge(index)
+        _keep(kept, known)
+    return known
+
+
+def _driver() -> int:
+    """The version of the CUDA that the driver is for; 0 where it cannot be asked."""
+    try:
+        return open_driver().version()
+    except (Unavailable, DriverError):
+        return 0
 
 
 def judge(index: int) -> Verdict:
     """Try every spelling that a GPU could run. One that ends its process is at fault, and the rest go on without it."""
     faults: dict[str, str] = {}
+    deadly: list[str] = []
     while True:
         known = len(faults)
         said, ending = _run_trial(index, faults)
@@ -112,9 +137,10 @@ def judge(index: int) -> Verdict:
             if "fault" in word:
                 faults[trying] = word["fault"]
         if not ending:
-            return Verdict(faults)
+            return Verdict(faults, deadly=tuple(deadly))
         if trying:
             faults.setdefault(trying, ending)
+            deadly.append(trying)
         if len(faults) == known:
             return Verdict(faults, f"they could not be tried: {ending}")
 
@@ -134,8 +160,13 @@ def _run_trial(index: int, skipped: Iterable[str]) -> tuple[list[dict[str, str]]
     said = _words(done.stdout)
     if done.returncode == 0 and said and "done" in said[-1]:
         return said, ""
-    last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-    return said, f"its process ended with code {done.returncode}: {last[:300]}"
+    return said, f"its process ended with code {done.returncode}: {_last_word(done.stderr)[:300]}"
+
+
+def _last_word(errors: str) -> str:
+    """The exception's line: CUDA's have some of advice behind it."""
+    lines = errors.strip().splitlines() or ["without a word"]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception): ", line)), lines[-1])
 
 
 def _words(output: str | bytes) -> list[dict[str, str]]:
@@ -146,15 +177,17 @@ def _words(output: str | bytes) -> list[dict[str, str]]:
 
 def _recall(kept: Path) -> Verdict | None:
     try:
-        return Verdict(dict(json.loads(kept.read_text())["faults"]))
+        known = json.loads(kept.read_text())
+        return Verdict(dict(known["faults"]), deadly=tuple(known["deadly"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _keep(kept: Path, verdict: Verdict) -> None:
     """Remember a verdict, unless another start could find otherwise."""
-    if verdict.untried or any("out of memory" in fault for fault in verdict.faults.values()):
+    passing = "out of memory|busy or unavailable"
+    if verdict.untried or any(re.search(passing, fault) for fault in verdict.faults.values()):
         return
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"faults": verdict.faults}))
+        kept.write_text(json.dumps({"faults": verdict.faults, "deadly": verdict.deadly}))

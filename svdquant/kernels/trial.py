@@ -22,7 +22,9 @@ def main(arguments: Sequence[str]) -> None:
     found, _ = gpu.load(index)
     if not select.to_try(found):
         raise SystemExit(found.missing)
-    run(found, torch.device("cuda", index), skipped)
+    where = torch.device("cuda", index)
+    torch.zeros(1, device=where)  # what is wrong with the card itself is no spelling's fault
+    run(found, where, skipped)
 
 
 def run(found: select.Device, where: torch.device, skipped: Collection[str]) -> None:
@@ -35,7 +37,7 @@ def run(found: select.Device, where: torch.device, skipped: Collection[str]) -> 
         if fault:
             _say(fault=str(fault))
         if where.type == "cuda":
-            torch.cuda.synchronize()  # raises after an error that no later call survives
+            torch.cuda.synchronize(where)  # raises after an error that no later call survives
     _say(done="")
 
 

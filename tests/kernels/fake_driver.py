@@ -64,6 +64,9 @@ class Functions:
         to._obj.value = WORDS.get(code)
         return 0 if code in WORDS else 1
 
+    def _DriverGetVersion(self, to: Any) -> None:
+        to._obj.value = 13000
+
     def _DeviceGet(self, to: Any, index: int) -> None:
         to._obj.value = index
 

@@ -13,6 +13,8 @@ import torch
 
 from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.svdquant.kernels import gpu, ops, select, selftest, trial
+from svdquant_nodes.svdquant.kernels.driver import Driver
+from svdquant_nodes.tests.kernels.fake_driver import Functions
 
 HOPPER = select.Device("cuda", capability=(9, 0))
 DONE = {"done": ""}
@@ -44,7 +46,7 @@ def test_a_wrong_spelling_is_left_out_and_the_next_one_is_tried(monkeypatch):
 def test_a_crash_is_the_fault_of_what_ran(monkeypatch):
     crash = ([{"trying": "gemv"}, {"trying": "wgmma_sm90"}], "its process ended with code -6: no word")
     skipped = script(monkeypatch, crash, ([{"trying": "gemv"}, DONE], ""))
-    assert gpu.judge(0) == gpu.Verdict({"wgmma_sm90": crash[1]})
+    assert gpu.judge(0) == gpu.Verdict({"wgmma_sm90": crash[1]}, deadly=("wgmma_sm90",))
     assert skipped == [set(), {"wgmma_sm90"}]
 
 
@@ -54,7 +56,7 @@ def test_a_fault_that_the_process_does_not_survive_is_told_by_its_own_words(monk
         "its process ended with code 1: CUDA error",
     )
     script(monkeypatch, words, ([DONE], ""))
-    assert gpu.judge(0) == gpu.Verdict({"gemv": "gemv_awq: CUDA error"})
+    assert gpu.judge(0) == gpu.Verdict({"gemv": "gemv_awq: CUDA error"}, deadly=("gemv",))
 
 
 @pytest.mark.parametrize("words", [[], [{"trying": "gemv"}]], ids=["at-the-start", "again-in-the-same-place"])
@@ -79,6 +81,23 @@ def test_the_process_starts_and_its_last_word_is_told():
     said, ending = gpu._run_trial(0, ("mma_s8",))
     assert said == []
     assert ending == "its process ended with code 1: torch finds no NVIDIA GPU"
+
+
+CUDA_ERROR = """Traceback (most recent call last):
+  File "<string>", line 1, in <module>
+torch.AcceleratorError: CUDA error: unspecified launch failure
+Search for `cudaErrorLaunchFailure' in NVIDIA's pages for more information.
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+
+"""
+
+
+def test_the_words_of_a_crash_are_the_errors_and_not_the_advice_behind_it(monkeypatch):
+    ended = SimpleNamespace(returncode=1, stdout='{"trying": "gemv"}\n', stderr=CUDA_ERROR)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    _, ending = gpu._run_trial(0, ())
+    words = "torch.AcceleratorError: CUDA error: unspecified launch failure"
+    assert ending == f"its process ended with code 1: {words}"
 
 
 def run_here(capsys, skipped=()):
@@ -134,6 +153,7 @@ def card(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="NVIDIA H100 (80GB)")
     )
+    monkeypatch.setattr(gpu, "open_driver", lambda: Driver(Functions()))
 
 
 @pytest.mark.usefixtures("card")
@@ -143,7 +163,7 @@ def test_a_verdict_is_kept_beside_the_library_and_told_at_every_start(monkeypatc
     with caplog.at_level(logging.WARNING, logger="svdquant-nodes"):
         first, second = (gpu.trusted(HOPPER, library, 0) for _ in range(2))
     assert first == second and first.distrusted == {"wgmma_e4m3"} and not first.missing
-    assert [file.name for file in tmp_path.iterdir()] == ["svdquant-cuda-NVIDIA-H100-80GB-.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["svdquant-cuda-NVIDIA-H100-80GB--13000.json"]
     assert len(caplog.records) == 2 and "wgmma_e4m3 failed the self-test on NVIDIA H100" in caplog.text
     choice = select.choose(first, select.Request("gemm_int4", "bfloat16"))
     assert choice.spelling == "mma_s8" and choice.against["wgmma_e4m3"] == ("it failed the self-test",)
@@ -157,7 +177,7 @@ def test_without_a_library_the_verdict_is_about_torch_alone(monkeypatch, tmp_pat
     library = tmp_path / "cache" / "svdquant-cuda.so"
     assert gpu.trusted(found, library, 0) == found
     kept = [file.name for file in library.parent.iterdir()]
-    assert kept == [f"torch-{torch.__version__}-NVIDIA-H100-80GB-.json"]
+    assert kept == [f"torch-{torch.__version__}-NVIDIA-H100-80GB--13000.json"]
     assert (
         gpu.trusted(replace(found, missing=""), library, 0).missing == ""
         and len(list(library.parent.iterdir())) == 2
@@ -175,8 +195,12 @@ def test_what_could_not_be_tried_is_not_used(monkeypatch, tmp_path):
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize(
     "words",
-    [([], "no driver"), ([{"trying": "gemv"}, {"fault": "gemv_awq: CUDA out of memory"}, DONE], "")],
-    ids=["not-tried", "no-memory"],
+    [
+        ([], "no driver"),
+        ([{"trying": "gemv"}, {"fault": "gemv_awq: CUDA out of memory"}, DONE], ""),
+        ([{"trying": "gemv"}, {"fault": "all CUDA-capable devices are busy or unavailable"}, DONE], ""),
+    ],
+    ids=["not-tried", "no-memory", "another-process-has-the-card"],
 )
 def test_what_may_be_otherwise_next_time_is_not_kept(monkeypatch, tmp_path, words):
     script(monkeypatch, words, words)
@@ -185,7 +209,28 @@ def test_what_may_be_otherwise_next_time_is_not_kept(monkeypatch, tmp_path, word
 
 
 @pytest.mark.usefixtures("card")
+def test_another_driver_is_tried_anew(monkeypatch, tmp_path):
+    library = tmp_path / "svdquant-cuda.so"
+    fault = {"fault": "gemm_int4 is off by 9"}
+    script(monkeypatch, ([{"trying": "wgmma_e4m3"}, fault, DONE], ""), ([DONE], ""))
+    assert gpu.trusted(HOPPER, library, 0).distrusted
+    monkeypatch.setattr(Functions, "_DriverGetVersion", lambda _, to: setattr(to._obj, "value", 13010))
+    assert not gpu.trusted(HOPPER, library, 0).distrusted
+
+
+@pytest.mark.usefixtures("card")
+def test_survivors_are_all_that_do_not_end_their_process(monkeypatch, tmp_path):
+    """And a kept verdict says which those are."""
+    crash = ([{"trying": "wgmma_e4m3"}], "its process ended with code 1: CUDA error")
+    wrong = ([{"trying": "wgmma_s8"}, {"fault": "gemm_int8 is off by 9"}, DONE], "")
+    script(monkeypatch, crash, wrong)
+    for _ in range(2):
+        assert gpu.survivors(HOPPER, tmp_path / "svdquant-cuda.so", 0).distrusted == {"wgmma_e4m3"}
+    assert gpu.trusted(HOPPER, tmp_path / "svdquant-cuda.so", 0).distrusted == {"wgmma_e4m3", "wgmma_s8"}
+
+
+@pytest.mark.usefixtures("card")
 def test_a_damaged_verdict_is_made_anew(monkeypatch, tmp_path):
-    (tmp_path / "svdquant-cuda-NVIDIA-H100-80GB-.json").write_text("{")
+    (tmp_path / "svdquant-cuda-NVIDIA-H100-80GB--13000.json").write_text("{")
     script(monkeypatch, ([DONE], ""))
     assert gpu.trusted(HOPPER, tmp_path / "svdquant-cuda.so", 0) == HOPPER
