@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -58,9 +60,9 @@ def _rows() -> list:
 
 @functools.cache
 def trusted(kind: str) -> select.Device:
-    """A device with its kernels; a GPU's whatever the self-test says, as they are what is to be tested."""
+    """A device with its kernels; a GPU's also where they fail the self-test, but for those that end a process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "trusted", lambda found, *_: found)
+        patch.setattr(gpu, "trusted", gpu.survivors)
         for index in range(torch.cuda.device_count() if kind == "cuda" else 0):
             ops.device(kind, index)
         return ops.device(kind)
@@ -74,7 +76,23 @@ def spelled(request: pytest.FixtureRequest) -> Spelled:
         pytest.skip(f"no {row.device} kernels: {found.missing}")
     if lack := row.needs(found):
         pytest.skip(lack)
+    if row.name in found.distrusted:
+        pytest.skip(f"{row.name} ends the process of its self-test")
     return Spelled(Insistent(row), torch.device(row.device))
+
+
+@pytest.fixture(autouse=True)
+def living_card(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After some mistakes a process can compute nothing more on a GPU: it ends, and does not blame every other test."""
+    yield
+    if not request.node.get_closest_marker("gpu") or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # xdist says which test it was, and starts another worker
+        pytest.exit(f"no more CUDA in this process after {request.node.nodeid}: {error}", returncode=3)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def inputs(name, m=5, n=40, k=128, r=8):
 
 
 def calls(name):
-    """Every torch op of a format with arguments: yields (op, args)."""
+    """Every torch op of a format with arguments: yields (op, args). Codes are the reference's: it needs no kernels."""
     x, w = inputs(name)
     space, out, addend = torch.ops.svdquant, torch.empty(5, 40), layers.random(5, 40, seed=4)
     if name == "awq":
@@ -35,18 +35,19 @@ def calls(name):
         return
     eight_bits = w.spec.format == "int8"
     shift = (w.spec.act_shift,) if w.spec.act_shift or eight_bits else ()
-    quantize = getattr(space, "quantize_int8" if eight_bits else f"quantize_{name.replace('-', '_')}")
-    arguments = (x, w.smooth, w.down, *shift, "portable")
-    yield quantize, arguments
+    quantize = "quantize_int8" if eight_bits else f"quantize_{name.replace('-', '_')}"
+    arguments = (x, w.smooth, w.down, *shift)
+    yield getattr(space, quantize), (*arguments, "portable")
+    made = getattr(reference, quantize)(*arguments)
     if name == "nvfp4":
         yield (
             space.gemm_nvfp4,
-            (*quantize(*arguments), w.codes, w.scales, w.second_scale, w.up, w.bias, addend, out, "portable"),
+            (*made, w.codes, w.scales, w.second_scale, w.up, w.bias, addend, out, "portable"),
         )
     else:
         gemm = space.gemm_int8 if eight_bits else space.gemm_int4
         wide = torch.empty(5, 50)[:, 3:43]
-        yield gemm, (*quantize(*arguments), w.codes, w.scales, w.up, w.bias, None, wide, "portable")
+        yield gemm, (*made, w.codes, w.scales, w.up, w.bias, None, wide, "portable")
 
 
 @pytest.mark.parametrize("name", select.OPS)
