@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -62,19 +62,29 @@ def main() -> None:
     options = arguments()
     if not options.dry and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: nothing to measure (--dry tries the script on the CPU)")
-    gpu.trusted = lambda found, *_: found  # all are to be timed; what is wrong shows in the errors
+    gpu.trusted = gpu.survivors  # all that live are to be timed; what is wrong shows in the errors
     bench = Bench("cpu" if options.dry else "cuda", options.seconds)
     torch.manual_seed(0)
+    facts = machine(bench.device)
     with torch.inference_mode():
-        rows = bench.run(options.ranks)
-        report = {"machine": machine(bench.device), "attention_ms": bench.attention(), "rows": rows}
-        report |= {"left_out": bench.left_out, "steps": steps(rows, bench.shapes | bench.modulations)}
+        attention, rows = bench.attention(), []
+        try:
+            for found in bench.run(options.ranks):
+                rows += found
+                report = {"machine": facts, "attention_ms": attention, "rows": rows}
+                report |= {"left_out": bench.left_out, "steps": steps(rows, bench.shapes | bench.modulations)}
+                write(report, options)
+        except (KeyboardInterrupt, RuntimeError) as error:  # what was measured so far is written already
+            raise SystemExit(f"ended early: {first_line(error)}") from error
+    print(markdown(report))
+
+
+def write(report: dict[str, object], options: argparse.Namespace) -> None:
+    """Anew after each shape, since the next one may be one too many for the time or for the card."""
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
-    text = markdown(report)
-    print(text)
     if options.markdown:
-        options.markdown.write_text(text + "\n")
+        options.markdown.write_text(markdown(report) + "\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -100,20 +110,20 @@ class Bench:
         dry = device == "cpu"
         self.shapes, self.modulations = (DRY_SHAPES, DRY_MODULATIONS) if dry else (SHAPES, MODULATIONS)
         self.calls, self.rounds = (1, 2) if dry else (20, 15)
-        self.left_out: list[str] = []
+        self.left_out: list[tuple[str, str, str]] = []  # shape, contender, why
 
-    def run(self, ranks: list[int]) -> list[dict[str, object]]:
+    def run(self, ranks: list[int]) -> Iterator[list[dict[str, object]]]:
+        """The rows of one shape after the other, and at last of those that there was no time for: none."""
         todo = [(name, shape, 0, True) for name, shape in self.modulations.items()]
         todo += [(name, shape, rank, False) for rank in ranks for name, shape in self.shapes.items()]
-        rows = []
         for name, shape, rank, awq in todo:
             if time.perf_counter() > self.end:
-                self.left_out.append(f"{name}, rank {rank}: out of time")
+                self.left_out.append((f"{name}, rank {rank}", "everything", "out of time"))
                 continue
             found = self.measure(name, shape, rank, awq)
-            rows += found
             print(name, rank, {row["name"]: round(row["median_ms"], 4) for row in found}, flush=True)
-        return rows
+            yield found
+        yield []
 
     def measure(
         self, name: str, shape: tuple[int, int, int, int], rank: int, awq: bool
@@ -148,22 +158,18 @@ class Bench:
                 errors[contender] = None if UNCHECKED in contender else error_of(call, its_work)
                 samplers[contender] = self.sampler(call)
             except Exception as error:  # one that cannot run here is reported, and the others go on
-                self.left_out.append(f"{what}, {contender}: {str(error).strip().splitlines()[0][:200]}")
+                self.left_out.append((what, contender, first_line(error)))
+                if self.device == "cuda":
+                    torch.cuda.synchronize()  # raises where the card is lost, and with it all others
         return samplers | {"cublas_bf16 again": samplers["cublas_bf16"]}, errors
 
     def sampler(self, call: Contender) -> Callable[[], float]:
         """Milliseconds of `calls` calls: a replay of a graph of them, or on a CPU the calls themselves."""
         if self.device == "cpu":
             return lambda: 1e3 * wall(lambda: [call(i) for i in range(self.calls)])
-        for i in range(3):
-            call(i)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(self.calls):
-                call(i)
-        graph.replay()
-        return lambda: on_gpu(graph.replay)
+        captured = Captured(call, self.calls)
+        captured()
+        return captured
 
     def sets(self, m: int, n: int, k: int) -> int:
         """Inputs and layers that take turns: four L2 caches full of what the smallest of them reads."""
@@ -180,19 +186,36 @@ class Bench:
         return statistics.median(sample() / self.calls for _ in range(self.rounds))
 
 
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+class Captured:
+    """A CUDA graph of calls. It keeps the contender too, whose tensors the graph reads and does not hold."""
+
+    def __init__(self, call: Contender, calls: int) -> None:
+        self.call, self.graph = call, torch.cuda.CUDAGraph()
+        for i in range(3):
+            call(i)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph):
+            for i in range(calls):
+                call(i)
+
+    def __call__(self) -> float:
+        """Milliseconds of a replay."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
 def wall(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def on_gpu(work: Callable[[], None]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -263,24 +286,55 @@ def steps(rows: list[dict[str, object]], shapes: dict[str, tuple[int, ...]]) -> 
 
 
 def markdown(report: dict[str, object]) -> str:
-    facts = [f"{name} {value}" for name, value in report["machine"].items()]
-    lines = [
-        ", ".join(facts),
-        "",
+    rows, facts = report["rows"], [f"{name} {value}" for name, value in report["machine"].items()]
+    lines = [", ".join(facts), "", f"One attention of FLUX, 57 a step: {report['attention_ms']:.3f} ms", ""]
+    lines += ["## All linears of a FLUX.1-dev step", "", "| rank | contender | ms | |", "| --- " * 4 + "|"]
+    for step in report["steps"]:
+        note = f"without {', '.join(step['without'])}" if step["without"] else ""
+        lines.append(f"| {step['rank']} | {step['name']} | {step['milliseconds']:.2f} | {note} |")
+    for rank in sorted({row["rank"] for row in rows}):
+        lines += [
+            "",
+            f"## Milliseconds, rank {rank}",
+            "",
+            *side_by_side([r for r in rows if r["rank"] == rank]),
+        ]
+    lines += ["", "## All figures", ""]
+    lines += [
         "| rank | shape | contender | ms | p10 | p90 | TFLOP/s | against bf16 | error |",
+        "| --- " * 9 + "|",
     ]
-    lines.append("| --- " * 9 + "|")
-    for row in report["rows"]:
+    for row in rows:
         figures = [f"{row[key]:.4f}" for key in ("median_ms", "p10_ms", "p90_ms")]
         error = "" if row["error"] is None else f"{row['error']:.4f}"
         figures += [f"{row['tflops']:.0f}", f"{row['speed_up']:.2f}", error]
         lines.append(f"| {row['rank']} | {row['shape']} | {row['name']} | {' | '.join(figures)} |")
-    lines += ["", "| rank | all linears of a FLUX.1-dev step | ms | |", "| --- " * 4 + "|"]
-    for step in report["steps"]:
-        note = f"without {', '.join(step['without'])}" if step["without"] else ""
-        lines.append(f"| {step['rank']} | {step['name']} | {step['milliseconds']:.2f} | {note} |")
-    lines += ["", f"One attention of FLUX, 57 a step: {report['attention_ms']:.3f} ms"]
-    return "\n".join([*lines, "", *(f"- not measured: {what}" for what in report["left_out"])])
+    return "\n".join([*lines, "", *not_measured(report["left_out"])])
+
+
+def side_by_side(rows: list[dict[str, object]]) -> list[str]:
+    """A table with a column for each contender that ends with an output: milliseconds, and times as fast as bf16."""
+    names = [
+        name for name in dict.fromkeys(row["name"] for row in rows) if "," not in name and "again" not in name
+    ]
+    shapes = dict.fromkeys((row["shape"], row["m"], row["n"], row["k"]) for row in rows)
+    cells = {(r["shape"], r["name"]): f"{r['median_ms']:.3f} ({r['speed_up']:.2f})" for r in rows}
+    lines = [f"| shape | M x N x K | {' | '.join(names)} |", "| --- " * (2 + len(names)) + "|"]
+    for shape, *sizes in shapes:
+        figures = " | ".join(cells.get((shape, name), "") for name in names)
+        lines.append(f"| {shape} | {' x '.join(map(str, sizes))} | {figures} |")
+    return lines
+
+
+def not_measured(left_out: list[tuple[str, str, str]]) -> list[str]:
+    """One line for each contender and reason."""
+    shapes: dict[tuple[str, str], list[str]] = {}
+    for shape, *why in left_out:
+        shapes.setdefault(tuple(why), []).append(shape)
+    return [
+        f"- not measured: {contender} for {where[0] if len(where) == 1 else f'{len(where)} shapes'}: {reason}"
+        for (contender, reason), where in shapes.items()
+    ]
 
 
 if __name__ == "__main__":

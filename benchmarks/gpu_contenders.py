@@ -96,8 +96,9 @@ def by_spelling(op: str, work: Work, device: str, of: str = "") -> Iterator[tupl
 
 
 def rows_here(device: str, op: str) -> list[select.Spelling]:
-    """The table's rows for an op that this device can run."""
-    return [row for row in select.to_try(ops.device(device)) if op in row.ops]
+    """The table's rows for an op that this device can run, and survive."""
+    here = ops.device(device)
+    return [row for row in select.to_try(here) if op in row.ops and row.name not in here.distrusted]
 
 
 # ---- dense ----

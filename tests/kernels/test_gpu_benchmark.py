@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from svdquant_nodes.benchmarks import gpu
 from svdquant_nodes.tools.pack import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_dry_run(tmp_path):
-    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--dry"]
+    command = ["bash", str(SCRIPT), "--dry"]
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -37,3 +45,51 @@ def test_dry_run(tmp_path):
         38 * (out["median_ms"] + modulation["median_ms"])
     )
     assert "| 32 | flux single out | cublas_bf16 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_what_a_graph_reads_lives_as_long_as_it(monkeypatch):
+    """Or its memory is given back before the next capture, and a replay reads where nothing is."""
+    replays, event = [], SimpleNamespace(record=int, synchronize=int, elapsed_time=lambda other: 2.0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append(1)))
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", int)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    weight = torch.ones(3)
+    there = weakref.ref(weight)
+    sample = gpu.Captured(lambda i, weight=weight: weight * i, 2)
+    del weight
+    assert there() is not None and sample() == 2.0 and replays == [1]
+
+
+def test_a_card_that_is_lost_costs_only_what_comes_after(monkeypatch, tmp_path):
+    """And so do a mistake of ours and the end of the time."""
+    bench = gpu.Bench("cpu", 1000.0)
+    measured = []
+
+    def measure(name, *_):
+        if measured:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        measured.append(name)
+        figures = dict.fromkeys(("median_ms", "p10_ms", "p90_ms", "tflops", "speed_up"), 1.0)
+        return [dict(shape=name, m=1, n=2, k=3, rank=0, count=38, name="cublas_bf16", error=None, **figures)]
+
+    bench.measure = measure
+    monkeypatch.setattr(gpu, "Bench", lambda *_: bench)
+    to = tmp_path / "gpu.json"
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", "--dry", "--json", str(to), "--markdown", str(tmp_path / "gpu.md")]
+    )
+    with pytest.raises(SystemExit, match="ended early: CUDA error: unspecified launch failure"):
+        gpu.main()
+    assert [row["shape"] for row in json.loads(to.read_text())["rows"]] == measured == ["flux modulation"]
+    assert "| flux modulation | 1 x 2 x 3 | 1.000 (1.00) |" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["calls", "sizes"])
+def test_the_selections_of_the_script_select_tests(name):
+    """A word that pytest cannot read would end a step before it begins."""
+    words = re.search(rf'^{name}="(.*)"', SCRIPT.read_text(), re.MULTILINE)[1]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-k", words]
+    done = subprocess.run([*command, "tests/kernels/test_gpu.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "any_number_of_tokens[int4-m=17-bf16]" in done.stdout
