@@ -172,6 +172,15 @@ class OpSet:
         spelling = self._choose(op, codes, dtype) if usual else select.REFERENCE
         return select.REFERENCE if spelling == select.WEIGHT_ONLY else spelling
 
+    def _quantize(
+        self, op: str, x: Tensor, smooth: Tensor, down: Tensor, *shift: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Any quantizer, by the spelling that is for activations of its dtype."""
+        spelling = self._choose(op, x, x.dtype)
+        if spelling in PLAIN:
+            return getattr(PLAIN[spelling], op)(x, smooth, down, *shift)
+        return getattr(torch.ops.svdquant, op)(x, smooth, down, *shift, spelling)
+
     def _product(
         self,
         op: str,
@@ -194,35 +203,23 @@ class OpSet:
 
     def quantize_int4(self, x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Signed int4 activations; see core.reference.quantize_int4."""
-        spelling = self._choose("quantize_int4", x, x.dtype)
-        if spelling in PLAIN:
-            return PLAIN[spelling].quantize_int4(x, smooth, down)
-        return torch.ops.svdquant.quantize_int4(x, smooth, down, spelling)
+        return self._quantize("quantize_int4", x, smooth, down)
 
     def quantize_int4_unsigned(
         self, x: Tensor, smooth: Tensor, down: Tensor, shift: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Unsigned int4 activations of x + shift; see core.reference.quantize_int4_unsigned."""
-        spelling = self._choose("quantize_int4_unsigned", x, x.dtype)
-        if spelling in PLAIN:
-            return PLAIN[spelling].quantize_int4_unsigned(x, smooth, down, shift)
-        return torch.ops.svdquant.quantize_int4_unsigned(x, smooth, down, shift, spelling)
+        return self._quantize("quantize_int4_unsigned", x, smooth, down, shift)
 
     def quantize_nvfp4(self, x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """e2m1 activations; see core.reference.quantize_nvfp4."""
-        spelling = self._choose("quantize_nvfp4", x, x.dtype)
-        if spelling in PLAIN:
-            return PLAIN[spelling].quantize_nvfp4(x, smooth, down)
-        return torch.ops.svdquant.quantize_nvfp4(x, smooth, down, spelling)
+        return self._quantize("quantize_nvfp4", x, smooth, down)
 
     def quantize_int8(
         self, x: Tensor, smooth: Tensor, down: Tensor, shift: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """int8 activations of x + shift, one scale a token; see core.reference.quantize_int8."""
-        spelling = self._choose("quantize_int8", x, x.dtype)
-        if spelling in PLAIN:
-            return PLAIN[spelling].quantize_int8(x, smooth, down, shift)
-        return torch.ops.svdquant.quantize_int8(x, smooth, down, shift, spelling)
+        return self._quantize("quantize_int8", x, smooth, down, shift)
 
     def gemm_int4(
         self,

@@ -92,6 +92,15 @@ def test_quantize_weight_by_hand():
     assert codes[0] == 7 and codes[16:20].tolist() == [7, 4, 9, 0]
 
 
+def test_the_largest_magnitude_may_be_negative():
+    # absmax 2688 = 6 * 448 -> second scale 1 and group scale 448; -2688/448 = -6 is code 15
+    w = torch.zeros(1, 16)
+    w[0, :2] = torch.tensor([-2688.0, 448.0])
+    packed, scales, second = fp4.quantize_weight(w, torch.bfloat16)
+    assert second.tolist() == [1.0] and scales.float().tolist() == [[448.0]]
+    assert unpack_unsigned(packed)[0, :3].tolist() == [15, 2, 0]
+
+
 def test_quantize_weight_keeps_what_four_bits_can():
     w = layers.random(64, 256, seed=3)
     assert_close(fp4.dequantize_weight(*fp4.quantize_weight(w, torch.bfloat16)), w, "nvfp4_weight")

@@ -90,6 +90,38 @@ def test_feed_forward_against_exact_arithmetic():
     assert_close(linear.feed_forward(x, first, second, reference), want, "fp32_sum")
 
 
+@pytest.mark.parametrize("shape", [(128,), (2, 3, 128), (0, 128)], ids=str)
+@pytest.mark.parametrize("loras", [0, 1], ids=["plain", "with-a-lora"])
+def test_a_pair_of_layers_is_both_forwards_with_the_gelu(shape, loras):
+    """To the bit, bias and LoRA included."""
+    bias = layers.random(64, seed=3, dtype=torch.bfloat16)
+    first = linear.with_bias([part("int4", 64, 128, dtype=torch.bfloat16)], bias)
+    second = [part("int4-unsigned", 96, 64, seed=5, dtype=torch.bfloat16)]
+    one = [branch(ALL, ALL, 64, 128)] * loras
+    two = [branch(ALL, ALL, 96, 64, strength=0.5, seed=60)] * loras
+    x = layers.random(*shape, seed=9, dtype=torch.bfloat16)
+    between = linear.forward(x, first, None, one, reference)
+    between = torch.nn.functional.gelu(between, approximate="tanh")
+    want = linear.forward(between, second, None, two, reference)
+    assert torch.equal(linear.forward_pair(x, (first, one), (second, two), reference), want)
+
+
+DENSE = [Branch(layers.random(64, 64, seed=70), None, 1.0, ALL, ALL)]
+TWO_PARTS = [part("int4", 32, 64), part("int4", 32, 64, row=32)]
+ONE_PART = [part("int4", 64, 64)]
+NO_PAIR = {
+    "first-in-parts": ((TWO_PARTS, []), (ONE_PART, [])),
+    "second-in-parts": ((ONE_PART, []), (TWO_PARTS, [])),
+    "difference-on-the-first": ((ONE_PART, DENSE), (ONE_PART, [])),
+    "difference-on-the-second": ((ONE_PART, []), (ONE_PART, DENSE)),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), NO_PAIR.values(), ids=NO_PAIR)
+def test_what_cannot_be_computed_at_once_is_left_alone(first, second):
+    assert linear.forward_pair(layers.random(2, 64, seed=9), first, second, reference) is None
+
+
 @pytest.mark.parametrize("name", [*layers.FORMATS, *layers.EIGHT_BITS])
 def test_ops_are_the_ones_given(name):
     """Every product comes from the op set that was handed in, and from nowhere else."""
@@ -161,6 +193,7 @@ BRANCHES = {
     "two-stacked": [branch(ALL, ALL, 160, 128), branch(slice(0, 96), ALL, 96, 128, strength=2.0, seed=60)],
     "bf16-pair": [branch(ALL, ALL, 160, 128, dtype=torch.bfloat16)],
     "dense-difference": [Branch(layers.random(64, 32, seed=70), None, 0.5, slice(96, 160), slice(32, 64))],
+    "dense-bf16": [Branch(layers.random(160, 128, seed=71, dtype=torch.bfloat16), None, 0.3, ALL, ALL)],
     "rank-0": [branch(ALL, ALL, 160, 128, rank=0)],
     "kron-square": [kron(16, 16, 10, 8)],
     "kron-tall": [kron(80, 2, 2, 64)],
@@ -185,7 +218,19 @@ def test_branches_against_dense(branches):
 @pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES)
 def test_a_branch_as_a_matrix(branches):
     for b in branches:
+        assert b.difference().dtype == torch.float32
         assert_close(b.difference(), dense(b), "fp32_sum")
+        assert_close(b.scaled(-3.0).difference(), -3 * dense(b), "fp32_sum")
+
+
+def test_only_pairs_have_rank():
+    """`absorb` may give a kernel what has rank, and a report counts it."""
+    difference = Branch(layers.random(64, 32, seed=70), None, 1.0, ALL, ALL)
+    assert [b.rank for b in (branch(ALL, ALL, 64, 32, rank=3), difference, kron(4, 2, 16, 16, rank=3))] == [
+        3,
+        0,
+        0,
+    ]
 
 
 def test_a_kronecker_product_is_never_formed():

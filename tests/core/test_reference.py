@@ -123,6 +123,13 @@ def test_awq_agrees_with_oracle(dtype, shape):
     assert_close(y, layers.forward(x, w), "fp32_sum")
 
 
+def test_awq_rows_are_computed_in_parts():
+    """One row of weights more than are dequantized at a time."""
+    w = layers.random_linear("awq", reference.AWQ_ROWS + 1, 64, dtype=torch.float32)
+    x = layers.random(3, 64, seed=7)
+    assert_close(reference.gemv_awq(x, w), layers.forward(x, w), "fp32_sum")
+
+
 @pytest.mark.parametrize("name", W4A4)
 def test_a_layer_keeps_what_four_bits_can(name):
     """The dense weight times raw x, plus the plain bias, is what the quantized layer approximates."""
@@ -175,6 +182,12 @@ def test_unsigned_by_hand():
     codes, scales, _ = reference.quantize_int4_unsigned(x, smooth, down, 2.0)
     assert codes.dtype == torch.uint8 and codes[0, :4].tolist() == [15, 0, 2, 1]
     assert scales.tolist() == [[2.0]]
+
+
+def test_unsigned_codes_end_at_zero():
+    # shift 2 -> values 30 and -6, the rest 2; absmax 30 -> scale 2; what the shift does not reach is 0, not 16 - 3
+    codes, scales, _ = reference.quantize_int4_unsigned(*one_group(28, -8), 2.0)
+    assert codes[0, :3].tolist() == [15, 0, 1] and scales.tolist() == [[2.0]]
 
 
 def test_nvfp4_by_hand():

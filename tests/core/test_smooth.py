@@ -61,6 +61,11 @@ def test_smoothing_vector_by_hand():
     assert smooth.smoothing_vector(act, weight, 0.0).tolist() == [0.25]
 
 
+def test_smoothing_vector_of_small_channels():
+    # sqrt(1/4) / sqrt(1/16) = 2: a channel is dead at 0, not below 1
+    assert smooth.smoothing_vector(torch.tensor([0.25]), torch.tensor([0.0625]), 0.5).tolist() == [2.0]
+
+
 def test_smoothing_vector_is_one_for_dead_channels_and_nan():
     act = torch.tensor([0.0, 3.0, torch.nan, torch.inf, 1.0])
     weight = torch.tensor([2.0, 0.0, 1.0, 1.0, torch.nan])

@@ -108,6 +108,17 @@ def test_awq_codes_follow_p7():
     stored = tiles.tile_awq_codes(pack_nibbles(codes))
     assert stored.shape == (2, 192) and stored.dtype == torch.int16
     assert bytes(bits(stored).flatten().tolist()) == oracle.store_nibbles(codes, oracle.p7)
+    assert torch.equal(tiles.untile_awq_codes(stored), pack_nibbles(codes))
+
+
+@pytest.mark.parametrize("offset", range(4))
+def test_codes_may_begin_at_any_byte_of_a_file(offset):
+    natural = torch.randint(0, 256, (128, 32), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    stored = tiles.tile_codes(natural)
+    moved = torch.cat([torch.zeros(offset, dtype=torch.int8), stored.flatten()])[offset:].reshape(
+        stored.shape
+    )
+    assert moved.storage_offset() == offset and torch.equal(tiles.untile_codes(moved), natural)
 
 
 FORMULAS = {

@@ -50,6 +50,19 @@ class TestGptq:
         ours = round_columns(w, grid.steps(), x.T @ x / 500, INT4)
         assert torch.dist(x @ ours.T, x @ w.T) < 0.5 * torch.dist(x @ nearest(w, grid).T, x @ w.T)
 
+    def test_a_rounding_error_is_repaired_by_the_next_column(self):
+        # On a grid of 1, with correlation 0.8: 0.4 becomes 0, its error 0.4 moves 0.8 * 0.4 = 0.32 over to the 0.3
+        # behind it, and 0.62 becomes 1. Alone 0.3 would become 0.
+        w, hessian = torch.tensor([[0.4, 0.3]]), torch.tensor([[1.001, 0.8], [0.8, 1.0]])
+        assert round_columns(w, torch.ones(1, 2), hessian, INT4).tolist() == [[0, 1]]
+
+    def test_the_weight_itself_is_not_touched(self):
+        w, x = torch.randn(8, 192), torch.randn(300, 192)
+        before, hessian = w.clone(), x.T @ x / 300
+        kept = hessian.clone()
+        round_columns(w, torch.ones(8, 192), hessian, INT4)
+        assert torch.equal(w, before) and torch.equal(hessian, kept)
+
     def test_unused_columns_are_rounded_too(self):
         w, hessian = torch.randn(8, 64), torch.eye(64)
         hessian[3, 3] = 0
@@ -97,11 +110,18 @@ class TestRefit:
 
 
 class TestSmoothing:
-    def test_no_smoothing_is_a_candidate_and_all_are_scaled_alike(self):
-        pairs = smoothing.exponents(10)
-        assert pairs[0] == (0, 0)
-        assert len(pairs) == 19
-        for a, b in pairs:
+    def test_vector_by_hand(self):
+        # 16^.5 / 1^.5 and 1^.5 / 16^.5 have the geometric mean 1; without b, 4 and 1 have the mean 2
+        x_max, w_max = torch.tensor([16.0, 1.0]), torch.tensor([1.0, 16.0])
+        assert smoothing.vector(x_max, w_max, 0.5, 0.5).tolist() == [4, 0.25]
+        assert smoothing.vector(x_max, w_max, 0.5, 0.0).tolist() == [2, 0.5]
+
+    def test_exponents_by_hand(self):
+        alone, shared = [(0.25, 0), (0.5, 0), (0.75, 0)], [(0.25, 0.75), (0.5, 0.5), (0.75, 0.25)]
+        assert smoothing.exponents(4) == [(0, 0), *alone, *shared]
+
+    def test_all_candidates_are_scaled_alike(self):
+        for a, b in smoothing.exponents(10):
             s = smoothing.vector(torch.rand(64) + 0.1, torch.rand(64) + 0.1, a, b)
             assert abs(s.log().mean()) < 1e-3
 
