@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -61,3 +62,12 @@ def test_architecture_places_every_module():
     table = re.findall(r"^\| `([\w/]+)/`: .+? \| (.+) \|$", text("architecture.md"), re.MULTILINE)
     told = sorted(Path(room, f"{name}.py") for room, files in table for name in re.findall(r"`(\w+)`", files))
     assert told == MODULES
+
+
+MAPS = ("quantizer", "adapters", "adapters/lora", "adapters/baking", "adapters/quantizing")
+
+
+@pytest.mark.parametrize("room", MAPS)
+def test_a_rooms_map_names_every_module(room):
+    told = set(re.findall(r"\w+", ast.get_docstring(ast.parse((ENGINE / room / "__init__.py").read_text()))))
+    assert {path.stem for path in (ENGINE / room).glob("*.py")} - {"__init__"} <= told

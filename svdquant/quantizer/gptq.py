@@ -72,6 +72,6 @@ def gptq(fit: Fit, moments: Moments, *, projected: bool, clipped: bool) -> Fit:
     clipped     group scales with the smallest weighted rounding error, instead of absmax
     """
     residual, spec = fit.residual, fit.task.spec
-    grid = scales_mse(residual, spec, moments.qq.diagonal()) if clipped else scales_absmax(residual, spec)
+    grid = scales_mse(residual, spec, moments.q_square) if clipped else scales_absmax(residual, spec)
     hessian = project(moments.xx, fit.factor) if projected else moments.xx
     return replace(fit, grid=grid, values=round_columns(residual, grid.steps(), hessian, spec))

@@ -16,33 +16,34 @@ CHUNK = 1024
 class Moments:
     """Averages over calibration rows, for smoothed inputs x and their rounded form q.
 
-    xx, qq, xq   [K, K]   fp32   E[x x'], E[q q'], E[x q']
-    x, q         [K]      fp32   means
+    xx, xq    [K, K]   fp32   E[x x'], E[x q']
+    x, q      [K]      fp32   means
+    q_square  [K]      fp32   E[q^2]
     """
 
     xx: Tensor
-    qq: Tensor
     xq: Tensor
     x: Tensor
     q: Tensor
+    q_square: Tensor
 
 
 def measure(fit: Fit) -> Moments:
     """Moments of the task's rows under the fit's smoothing, summed over chunks of rows."""
     task, k = fit.task, len(fit.smooth)
     like = fit.smooth
-    xx, qq, xq = (like.new_zeros(k, k) for _ in range(3))
-    x_sum, q_sum = like.new_zeros(k), like.new_zeros(k)
+    xx, xq = (like.new_zeros(k, k) for _ in range(2))
+    x_sum, q_sum, q_square = (like.new_zeros(k) for _ in range(3))
     for rows in task.sample.rows.split(CHUNK):
         p = task.inputs(rows)
         x, q = p.float() / fit.smooth, round_inputs(p, fit.smooth, task.spec)
         xx.addmm_(x.T, x)
-        qq.addmm_(q.T, q)
         xq.addmm_(x.T, q)
         x_sum += x.sum(0)
         q_sum += q.sum(0)
+        q_square += q.square().sum(0)
     count = len(task.sample.rows)
-    return Moments(xx / count, qq / count, xq / count, x_sum / count, q_sum / count)
+    return Moments(*(total / count for total in (xx, xq, x_sum, q_sum, q_square)))
 
 
 def cholesky(c: Tensor, damping: float = 0.01) -> Tensor:

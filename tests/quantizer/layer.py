@@ -9,16 +9,24 @@ from svdquant_nodes.svdquant.quantizer.task import Sample, Task
 
 
 def make_task(
-    spec: QuantSpec = INT4, *, n: int = 192, k: int = 128, rank: int = 8, centred: bool = False, seed: int = 0
+    spec: QuantSpec = INT4,
+    *,
+    n: int = 192,
+    k: int = 128,
+    rank: int = 8,
+    centred: bool = False,
+    seed: int = 0,
+    rows: int = 768,
 ) -> Task:
-    """A task with 768 rows to look at and 256 held out."""
+    """A task with `rows` rows to look at and 256 held out."""
     draw = torch.Generator().manual_seed(seed)
     mix = torch.randn(k // 4, k, generator=draw) / (k // 4) ** 0.5
-    x = torch.randn(1024, k // 4, generator=draw) @ mix + 0.3 * torch.randn(1024, k, generator=draw)
+    count = rows + 256
+    x = torch.randn(count, k // 4, generator=draw) @ mix + 0.3 * torch.randn(count, k, generator=draw)
     x = (x + 0.5 * torch.randn(k, generator=draw)) * torch.randn(k, generator=draw).mul(0.8).exp()
     if spec.act_shift:
         x = torch.nn.functional.gelu(x)
     w = torch.randn(n, k, generator=draw) * torch.randn(n, 1, generator=draw).mul(0.3).exp() * 0.05
-    sample = Sample.of(x[:768].bfloat16(), x[768:].bfloat16())
+    sample = Sample.of(x[:rows].bfloat16(), x[rows:].bfloat16())
     center = sample.mean if centred else None
     return Task(w, torch.randn(n, generator=draw), spec, rank, sample, center)

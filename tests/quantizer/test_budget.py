@@ -85,3 +85,11 @@ def test_limits_that_nothing_keeps():
         within_size(units, 14)
     with pytest.raises(ValueError, match=r"error: expected a limit that some choice of forms keeps"):
         within_loss(units, 1.9)
+
+
+def test_what_no_step_can_use_goes_to_a_form_inside_the_hull():
+    """20 bytes are not enough for the one step there is, from 10 to 21, but for the form beside it."""
+    unit = [Form(10, 10.0), Form(20, 9.0), Form(21, 0.0)]
+    assert [f.nbytes for f in hull(unit)] == [10, 21]
+    assert [f.nbytes for f in within_size([unit], 20)] == [20]
+    assert [f.nbytes for f in within_loss([unit], 9.5)] == [20]

@@ -136,6 +136,29 @@ def test_a_size_that_nothing_keeps(plan, measured):
         sensitivity.choose(plan, measured, Limit(nbytes=100_000))
 
 
+def test_a_decision_in_words_and_numbers(plan):
+    # 1 + 3 MB; errors of 3 % and 1 %, every linear alike: sqrt((9 + 1) / 2) = 2.24 %
+    small, plain = Option("int4", 16, 2**20, 0.03), Option("plain", 0, 3 * 2**20, 0.01)
+    choice, limit = {"a": small, "b": plain}, Limit(error=0.05)
+    decision = choices.Decision(plan, choice, {"a": [small, plain], "b": [plain]}, limit)
+    assert decision.as_text().splitlines() == [
+        "1 int4, 1 plain linears (plain: 16 bits), 4.0 MB, measured error 2.24 %",
+        f"  {'a':<44} int4   r16       1.00 MB    3.00 %",
+        f"  {'b':<44} plain  r0        3.00 MB    1.00 %",
+    ]
+    told = decision.as_dict({"a": 0.02})
+    assert told["limit"] == {"nbytes": None, "error": 0.05}
+    assert told["measured_error"] == pytest.approx(0.05**0.5 / 10)
+    assert [one["reached"] for one in told["linears"].values()] == [0.02, None]
+    assert [len(one["forms"]) for one in told["linears"].values()] == [2, 1]
+
+
+def test_a_target_that_cannot_be_written_is_told_before_anything_is_measured(plan, tmp_path):
+    target = tmp_path / "nowhere" / "out.safetensors"
+    with pytest.raises(ValueError, match="nowhere"):
+        choices.decide(plan, Limit(error=0.1), ("int4",), target, SETTINGS, progress=pytest.fail)
+
+
 def test_a_stopped_measurement_goes_on(plan, tmp_path, monkeypatch):
     kept, seen = tmp_path / "kept.json", []
 

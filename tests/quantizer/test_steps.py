@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from svdquant_nodes.svdquant.core.weights import INT4, INT4_UNSIGNED, NVFP4
 from svdquant_nodes.svdquant.quantizer import recipes, smoothing
-from svdquant_nodes.svdquant.quantizer.branch import strongest, take_branch
+from svdquant_nodes.svdquant.quantizer.branch import branch_of_rest, strongest, take_branch
 from svdquant_nodes.svdquant.quantizer.gptq import gptq, project, round_columns
-from svdquant_nodes.svdquant.quantizer.moments import cholesky, measure
-from svdquant_nodes.svdquant.quantizer.refit import correct_bias, refit_branch, refit_up
+from svdquant_nodes.svdquant.quantizer.moments import CHUNK, cholesky, measure
+from svdquant_nodes.svdquant.quantizer.refit import balanced, correct_bias, refit_branch, refit_up
 from svdquant_nodes.svdquant.quantizer.rounding import nearest, scales_absmax
 from svdquant_nodes.svdquant.quantizer.task import outputs, relative_error, round_inputs, squared_error, start
 from svdquant_nodes.tests.quantizer.layer import make_task
+from svdquant_nodes.tests.tolerances import assert_close
 
 SPECS = [INT4, INT4_UNSIGNED, NVFP4]
 IDS = ["int4", "int4-unsigned", "nvfp4"]
@@ -30,6 +33,16 @@ class TestBranch:
         m = torch.randn(300, 8) @ torch.randn(8, 200)
         factor, up = strongest(m, 8, torch.Generator().manual_seed(0))
         assert torch.dist(m, up @ factor) < 1e-5 * m.norm()
+
+    def test_a_new_branch_drops_the_codes_of_the_old_one(self):
+        fit = take_branch(recipes.round_nearest(start(make_task()), clipped=False))
+        assert fit.values is None and fit.grid is None
+
+    def test_the_branch_of_the_rest_is_what_the_codes_miss(self):
+        fit = recipes.round_nearest(take_branch(start(make_task(n=64, k=64, rank=64))), clipped=False)
+        rest = branch_of_rest(fit)
+        missed = fit.weight - fit.values
+        assert torch.dist(rest.up @ rest.factor, missed) < 0.01 * missed.norm()  # factors of 16 bits
 
     def test_rank_zero_is_empty(self):
         factor, up = strongest(torch.randn(12, 8), 0, torch.Generator())
@@ -100,6 +113,19 @@ class TestRefit:
         assert torch.equal(again.down, fit.down)
         assert relative_error(again) < relative_error(fit)
 
+    def test_a_first_factor_with_equal_rows_can_be_refitted(self):
+        """Two ranks that say the same leave the second factor undetermined."""
+        fit = recipes.round_nearest(take_branch(start(make_task())), clipped=False)
+        twice = replace(fit, down=fit.down[:1].expand(2, -1), up=fit.up[:, :2])
+        again = refit_up(twice, measure(twice))
+        assert bool(again.up.isfinite().all()) and relative_error(again) < relative_error(twice)
+
+    def test_balanced_factors_share_their_length(self):
+        factor, up = balanced(torch.tensor([[3.0, 4.0], [0.0, 0.1]]), torch.tensor([[20.0, 0.0], [0.0, 0.4]]))
+        # lengths 5 and 20 become 10, 0.1 and 0.4 become 0.2
+        assert_close(factor, torch.tensor([[6.0, 8.0], [0.0, 0.2]]), "fp32_sum")
+        assert_close(up, torch.tensor([[10.0, 0.0], [0.0, 0.2]]), "fp32_sum")
+
     def test_bias_takes_the_mean_error_out(self):
         task = make_task(INT4_UNSIGNED)
         fit = recipes.round_nearest(take_branch(start(task)), clipped=False)
@@ -151,6 +177,21 @@ class TestSmoothing:
         exact = round_inputs(p, torch.ones(p.shape[1]), spec)
         limit = 0.03 if spec.format == "nvfp4" else 0.012  # run-time scales are e4m3 and bf16
         assert torch.dist(ours, exact) <= limit * exact.norm()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+def test_moments_are_averages_over_the_rows(spec):
+    """In float64, over more rows than are taken at a time."""
+    task = make_task(spec, k=64, rows=CHUNK + 100)
+    fit = start(task).with_smooth(torch.linspace(0.5, 2, 64))
+    p = task.inputs(task.sample.rows)
+    x, q = (p.double() / fit.smooth.double()).numpy(), round_inputs(p, fit.smooth, spec).double().numpy()
+    found = measure(fit)
+    assert_close(found.xx, x.T @ x / len(x), "fp32_sum")
+    assert_close(found.xq, x.T @ q / len(x), "fp32_sum")
+    assert_close(found.x, x.mean(0), "fp32_sum")
+    assert_close(found.q, q.mean(0), "fp32_sum")
+    assert_close(found.q_square, (q * q).mean(0), "fp32_sum")
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
