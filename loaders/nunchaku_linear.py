@@ -180,13 +180,10 @@ def _decode_second_scale(t: Mapping[str, Tensor]) -> Tensor:
     return row_scale.float() * tensor_scale.float()
 
 
-def encode_linear(
-    weights: LinearWeights, names: Names = V1, *, smooth_orig: Tensor | None = None, zero_bias: bool = True
-) -> dict[str, Tensor]:
+def encode_linear(weights: LinearWeights, names: Names = V1, *, zero_bias: bool = True) -> dict[str, Tensor]:
     """One linear as stored tensors, by the last part of their names, padded as the published packers pad.
 
-    smooth_orig  [K]  T     written beside `smooth`, which it equals unless given; no kernel reads it
-    zero_bias    whether a layer without bias gets zeros; models built without bias want no key at all
+    zero_bias  whether a layer without bias gets zeros; models built without bias want no key at all
     """
     if weights.spec.format == "awq":
         is_modulation = weights.spec.group == AWQ.group
@@ -195,7 +192,7 @@ def encode_linear(
         "qweight": tiles.tile_codes(tiles.pad_to(weights.codes, (128, 64), 0)),
         **_encode_scales(weights),
         names.smooth: _encode_vector(weights.smooth),
-        names.smooth_orig: _encode_vector(weights.smooth if smooth_orig is None else smooth_orig),
+        names.smooth_orig: _encode_vector(weights.smooth),  # which no kernel reads
     }
     if weights.rank:
         tensors[names.down] = tiles.tile_down(tiles.pad_to(weights.down, (16, 128), 0.0))

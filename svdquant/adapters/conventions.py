@@ -40,10 +40,10 @@ def interleave(weights: LinearWeights, splits: int) -> LinearWeights:
 
 def unsign(weights: LinearWeights) -> LinearWeights:
     """A signed int4 linear for activations shifted by GELU_SHIFT: the bias takes out what the shift puts in."""
-    offset = reference.residual(weights).sum(-1) * GELU_SHIFT
+    shifted = replace(weights, spec=replace(weights.spec, act_shift=GELU_SHIFT))
+    offset = reference.shift_compensation(shifted)
     bias = -offset if weights.bias is None else weights.bias.float() - offset
-    spec = replace(weights.spec, act_shift=GELU_SHIFT)
-    return replace(weights, spec=spec, bias=bias.to(weights.smooth.dtype))
+    return replace(shifted, bias=bias.to(weights.smooth.dtype))
 
 
 def holds_shift(weights: LinearWeights) -> bool:

@@ -177,11 +177,10 @@ def dense(parts: Sequence[Part], shape: tuple[int, int], bias: Tensor | None) ->
 
 
 def shift_compensation(parts: Sequence[Part], out_features: int) -> Tensor:
-    """What unsigned parts take out of their bias: residual @ shift, [N] fp32; zeros where no part is unsigned."""
+    """What unsigned parts take out of their bias, [N] fp32; zeros where no part is unsigned."""
     total = torch.zeros(out_features, dtype=torch.float32, device=parts[0].weights.codes.device)
     for part in parts:
-        if part.weights.spec.act_shift:
-            total[part.rows] += reference.residual(part.weights).sum(-1) * part.weights.spec.act_shift
+        total[part.rows] += reference.shift_compensation(part.weights)
     return total
 
 

@@ -143,7 +143,7 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
 
         A weight that is streamed for each step lies in a buffer that other layers use too.
         """
-        rank = all(branch.up is not None and branch.kron is None for branch in self.branches)
+        rank = all(branch.is_pair for branch in self.branches)
         return self.quantized and not self.wrappers and rank and not self._streamed(device)
 
     def _streamed(self, device: torch.device) -> bool:

@@ -67,9 +67,19 @@ class Branch:
     kron: Tensor | None = None
 
     @property
+    def is_pair(self) -> bool:
+        """Whether it is more rank, and neither a dense difference nor a Kronecker product."""
+        return self.up is not None and self.kron is None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a difference as large as the weight."""
+        return self.up is None and self.kron is None
+
+    @property
     def rank(self) -> int:
-        """Of the pair; 0 for a dense difference and for a Kronecker product."""
-        return 0 if self.up is None or self.kron is not None else self.up.shape[1]
+        """Of a pair; 0 for the others."""
+        return self.up.shape[1] if self.is_pair else 0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -212,12 +222,12 @@ def absorb(x: Tensor, parts: Sequence[Part], branches: Sequence[Branch]) -> tupl
     Done anew in every forward, on purpose: a few small copies. Kept, the pairs of FLUX.1 would take 0.4 GB beside the
     4-bit model for a LoRA of rank 16 and 1.2 GB for one of rank 128.
     """
-    fits = [b for b in branches if b.up is not None and b.kron is None]
+    fits = [b for b in branches if b.is_pair]
     if not fits or any(part.weights.down is None for part in parts):
         return list(parts), list(branches)
     size = parts[-1].rows.stop, x.shape[1]
     wider = [replace(part, weights=_with_rank(x, part, fits, size), reader=None) for part in parts]
-    return wider, [b for b in branches if b.up is None or b.kron is not None]
+    return wider, [b for b in branches if not b.is_pair]
 
 
 def _with_rank(x: Tensor, part: Part, branches: Sequence[Branch], size: tuple[int, int]) -> LinearWeights:

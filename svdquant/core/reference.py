@@ -251,8 +251,11 @@ def residual(weights: LinearWeights) -> Tensor:
     return w / weights.smooth.float()
 
 
-def plain_bias(weights: LinearWeights) -> Tensor | None:
-    """The bias that goes with `dequantize`: the stored one without the act_shift compensation, [N] fp32."""
-    if weights.bias is None or not weights.spec.act_shift:
-        return None if weights.bias is None else weights.bias.float()
-    return weights.bias.float() + residual(weights).sum(-1) * weights.spec.act_shift
+def shift_compensation(weights: LinearWeights) -> Tensor:
+    """What the bias of a layer with shifted activations takes out: residual @ shift, [N] fp32; else zeros.
+
+    The bias that goes with `dequantize` is the stored one with this added.
+    """
+    if not weights.spec.act_shift:
+        return torch.zeros(weights.out_features, device=weights.codes.device)
+    return residual(weights).sum(-1) * weights.spec.act_shift

@@ -84,7 +84,7 @@ def test_closer_to_the_16_bit_layer_than_four_bits(name):
     if stored.spec.act_shift:
         x = torch.nn.functional.gelu(x)
     x = x.to(torch.bfloat16)
-    plain = oracle.values(reference.plain_bias(stored))
+    plain = oracle.values(stored.bias.float() + reference.shift_compensation(stored))
     truth = oracle.values(x) @ layers.dense(stored).T + plain
     four, eight = (linear.linear(x, w, reference) for w in (stored, int8.requantize(stored)))
     assert distance(eight, truth).norm < distance(four, truth).norm / 3

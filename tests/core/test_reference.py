@@ -135,7 +135,8 @@ def test_a_layer_keeps_what_four_bits_can(name):
     """The dense weight times raw x, plus the plain bias, is what the quantized layer approximates."""
     w = layers.random_linear(name, 128, 1024, 16)
     x = activations(name, 32, 1024, torch.bfloat16)
-    want = x.double() @ reference.dequantize(w).double().T + reference.plain_bias(w).double()
+    plain_bias = w.bias.double() + reference.shift_compensation(w).double()
+    want = x.double() @ reference.dequantize(w).double().T + plain_bias
     assert_close(gemm(*quantize(x, w), w), want, name.replace("-", "_") + "_layer")
 
 
@@ -145,19 +146,18 @@ def test_dequantize_agrees_with_oracle(name):
     assert_close(reference.dequantize(w), layers.dense(w), "fp32_sum")
 
 
-def test_plain_bias_undoes_the_shift():
+def test_a_bias_compensates_for_the_shift_of_every_column():
     w = golden.int4_linear("c3")
     t = golden.case("svdq_int4_linear", "c3.logical")
     residual = oracle.weight_int4(oracle.values(t["q"]), oracle.values(t["scale"])) / oracle.values(
         t["smooth"]
     )
-    assert_close(reference.plain_bias(w), oracle.values(w.bias) + residual.sum(1) * 0.171875, "fp32_sum")
+    assert_close(reference.shift_compensation(w), residual.sum(1) * 0.171875, "fp32_sum")
 
 
-def test_plain_bias_without_shift_is_the_stored_one():
+def test_without_a_shift_there_is_nothing_to_compensate_for():
     w = golden.int4_linear("c0")
-    assert torch.equal(reference.plain_bias(w), w.bias.float())
-    assert reference.plain_bias(w.__class__(**{**vars(w), "bias": None})) is None
+    assert torch.equal(reference.shift_compensation(w), torch.zeros(w.out_features))
 
 
 # ---- by hand and at the edges ----

@@ -136,6 +136,16 @@ def test_layers_of_other_formats_stay_plain(tmp_path):
     assert found.warnings == ("b: format float8_e4m3fn is not read here; 1 layers stay plain tensors.",)
 
 
+def test_fp8_layers_without_a_description_stay_plain(tmp_path):
+    """As the host scales them: weight, weight_scale and bias are no half of a 4-bit layer."""
+    tensors = {f"a.{tail}": t for tail, t in natural_layer("c1").items()}
+    eight = {"b.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "b.weight_scale": torch.ones(())}
+    found = open_checkpoint(
+        made.save(tmp_path / "a.safetensors", tensors | eight | {"b.bias": torch.ones(2)})
+    )
+    assert set(found.layers) == {"a"} and set(found.plain) == {"b.weight", "b.weight_scale", "b.bias"}
+
+
 BAD = {
     "not-json": (
         dict(comfy_quant=torch.tensor([123, 1], dtype=torch.uint8)),

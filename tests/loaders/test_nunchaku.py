@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,21 @@ def test_models_without_bias_get_none(tmp_path):
     del tensors["layers.0.feed_forward.net.2.bias"]
     source = open_checkpoint(made.save(tmp_path / "z.safetensors", tensors))
     assert made.same_tensors(rewrite(source, tmp_path / "b.safetensors").stored, tensors)
+
+
+CLASSES = {
+    "flux": ("NunchakuFluxTransformer2dModel", True),
+    "sdxl": ("NunchakuSDXLUNet2DConditionModel", False),
+}
+
+
+@pytest.mark.parametrize(("model", "has_zeros"), CLASSES.values(), ids=CLASSES)
+def test_a_missing_bias_is_zeros_where_the_engine_reads_one(tmp_path, model, has_zeros):
+    weights = replace(layers.random_linear("int4", 128, 128), bias=None)
+    path = tmp_path / "a.safetensors"
+    nunchaku.write(path, {"x": weights}, {}, {"model_class": model})
+    bias = open_checkpoint(path).layers["x"].bias
+    assert (bias is not None) == has_zeros and (bias is None or not bias.any())
 
 
 def folder(path, source):

@@ -135,6 +135,7 @@ LIES = {
     "not-json": (b"{not json", "header: expected JSON"),
     "not-utf8": (b'{"\xff": 1}', "header: expected JSON"),
     "nested-deep": (b'{"a":' + b"[" * 200_000, "header: expected JSON"),
+    "not-an-object": (b"[1, 2]", "header: expected a JSON object, got list"),
     "name-twice": (b'{"a":{},"a":{}}', "the name 'a' stands twice"),
     "metadata-not-strings": ({"__metadata__": {"a": 1}}, "__metadata__: expected strings by name"),
     "entry-not-object": ({"a": 5}, "a: expected dtype, shape and data_offsets, got 5"),

@@ -46,7 +46,10 @@ def dense(path):
         ]
         weights = [reference.dequantize(w) for w in stored]
         tensors[f"{host}.weight"] = torch.cat(weights, dim=0 if mapped.axes[host] == "rows" else 1)
-        plain = [torch.zeros(len(w.codes)) if w.bias is None else reference.plain_bias(w) for w in stored]
+        plain = [
+            torch.zeros(len(w.codes)) if w.bias is None else w.bias.float() + reference.shift_compensation(w)
+            for w in stored
+        ]
         tensors[f"{host}.bias"] = (
             torch.cat(plain) if mapped.axes[host] == "rows" else torch.stack(plain).sum(0)
         )

@@ -50,8 +50,7 @@ def quantize(w: Tensor, bias: Tensor, s: Tensor, *, rank: int, unsigned: bool) -
     codes, scales = int4.quantize_weight(smooth.smooth_weight(w - up.float() @ down.float(), s), T)
     spec = INT4_UNSIGNED if unsigned else INT4
     made = LinearWeights(spec, codes, scales, smooth=s, down=down, up=up, bias=bias.to(T))
-    shift = reference.residual(made).sum(-1) * spec.act_shift
-    return replace(made, bias=(bias - shift).to(T))
+    return replace(made, bias=(bias - reference.shift_compensation(made)).to(T))
 
 
 def output_error(x: Tensor, w: Tensor, bias: Tensor, made: LinearWeights) -> float:

@@ -18,7 +18,7 @@ from ....loaders.lora import read_lora
 from ....loaders.lora_belongs import check_belongs
 from ....loaders.lora_names import Renamed, rename
 from ..operations import QuantizedLinear
-from . import joining, nunchaku, rescaling
+from . import factors, joining, nunchaku, rescaling
 from . import patches as patching
 from .layer_names import known_names
 
@@ -171,15 +171,9 @@ def _misfit_of_others(members: Mapping[str, Tensor], expected: tuple[int, int]) 
     if "oft_blocks" in members:
         return rescaling.misfit(members["oft_blocks"], expected[0])
     if "a1.weight" in members:
-        a1, a2, b1, b2 = (
-            members[n].flatten(1).shape for n in ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
-        )
-        n, k = expected
-        new = a1[0] == k == a2[1] and b1[0] == n and b2[1] == k and a1[1] == a2[0] == b1[1] == b2[0]
-        old = a2[0] == k == a1[1] and b2[0] == n and b1[1] == k and a2[1] == a1[0] == b2[1] == b1[0]
-        return (
-            "" if new or old else f"expected GLoRA factors of {list(expected)}, got {list(b1)} and {list(b2)}"
-        )
+        b1, b2 = (list(members[name].flatten(1).shape) for name in ("b1.weight", "b2.weight"))
+        fits = factors.glora_factors(members, expected) is not None
+        return "" if fits else f"expected GLoRA factors of {list(expected)}, got {b1} and {b2}"
     scale = members.get("dora_scale")
     if scale is not None and scale.numel() not in expected:
         return f"expected {expected[0]} or {expected[1]} DoRA magnitudes, got {scale.numel()}"

@@ -190,22 +190,31 @@ def glora(members: Members, weight: Tensor) -> Branch | None:
 
     weight   [n, k]   fp32   as patched so far
     returns           its `down` and `up` of twice the rank, fp32
+    """
+    found = None if "dora_scale" in members else glora_factors(members, tuple(weight.shape))
+    if found is None:
+        return None
+    a1, a2, b1, b2 = (t.to(weight) for t in found)
+    return pair(torch.cat((b2, a2)), torch.cat((b1, weight @ a1), 1), alpha_over(members, a2.shape[0]))
+
+
+def glora_factors(members: Members, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """A1 [k, r], A2 [r, k], B1 [n, r], B2 [r, k] of a GLoRA; None where they are not, or do not fit [n, k].
 
     In the older form, told by its shapes, the factors are the other way round.
     """
-    if "a1.weight" not in members or "dora_scale" in members:
+    if "a1.weight" not in members:
         return None
-    a1, a2, b1, b2 = (members[f"{n}.weight"].flatten(1).to(weight) for n in ("a1", "a2", "b1", "b2"))
+    a1, a2, b1, b2 = (members[f"{n}.weight"].flatten(1) for n in ("a1", "a2", "b1", "b2"))
     old = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
     new = b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
-    n, k = weight.shape
+    n, k = shape
     if old and (not new or a2.shape[0] == n == k):
         a1, a2, b1, b2 = a2, a1, b2, b1
     elif not new:
         return None
-    if (a1.shape[0], a2.shape[1], b1.shape[0], b2.shape[1]) != (k, k, n, k):
-        return None
-    return pair(torch.cat((b2, a2)), torch.cat((b1, weight @ a1), 1), alpha_over(members, a2.shape[0]))
+    fit = (a1.shape[0], a2.shape[1], b1.shape[0], b2.shape[1]) == (k, k, n, k)
+    return (a1, a2, b1, b2) if fit else None
 
 
 def pair(down: Tensor, up: Tensor, scale: float = 1.0) -> Branch:

@@ -48,7 +48,7 @@ class Joined:
     @property
     def dense(self) -> int:
         """Bytes of whole differences, which are as large as the 16-bit layer."""
-        return sum(b.down.nbytes for b in self.branches if b.up is None and b.kron is None)
+        return sum(b.down.nbytes for b in self.branches if b.is_dense)
 
 
 # The last results by layer, each with the patches it came of: a hook that switches to and fro joins nothing anew.
@@ -220,7 +220,7 @@ def dense_sum(branches: Sequence[Branch], shape: tuple[int, int], *, device: tor
 
 def _one_dense(branches: list[Branch], shape: tuple[int, int]) -> tuple[Branch, ...]:
     """Dense differences of the whole layer added up: two of them need no more memory than one."""
-    whole = [b for b in branches if b.up is None and b.kron is None and tuple(b.down.shape) == shape]
+    whole = [b for b in branches if b.is_dense and tuple(b.down.shape) == shape]
     if len(whole) < 2:
         return tuple(branches)
     total = dense_sum(whole, shape, device=whole[0].down.device).to(whole[0].down.dtype)
