@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..svdquant.adapters.lora.apply import apply_lora
 from .lora_inputs import chosen, further_loras, lora_inputs
+from .reported import reported
 
 
 class SVDQuantApplyLora(io.ComfyNode):
@@ -47,4 +48,4 @@ class SVDQuantApplyLora(io.ComfyNode):
             model, report = apply_lora(model, path, by)
             reports.append(str(report))
         text = "\n".join(reports)
-        return io.NodeOutput(model, text, ui=ui.PreviewText(text))
+        return reported(model, text, text=text)

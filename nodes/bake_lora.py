@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..svdquant.adapters import folders
 from ..svdquant.adapters.baking import bake
 from .lora_inputs import chosen, further_loras, lora_inputs
+from .reported import reported
 
 
 class SVDQuantBakeLora(io.ComfyNode):
@@ -77,4 +78,4 @@ class SVDQuantBakeLora(io.ComfyNode):
             limit=largest_error,
             progress=folders.show_progress(),
         )
-        return io.NodeOutput(str(baked), ui=ui.PreviewText(str(baked)))
+        return reported(str(baked), text=str(baked))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..svdquant.adapters import sampling
 from ..svdquant.adapters.quantizing import compare as host
 from ..svdquant.quantizer import compare
 from ..svdquant.quantizer.statistics import Statistics
+from .reported import reported
 from .sample import SETTINGS
 
 ROWS = 256  # input rows kept of a linear
@@ -60,7 +61,7 @@ class SVDQuantCompare(io.ComfyNode):
         inputs = {name: sample.rows for name, sample in seen.items()}
         text = report(exact, near, host.layer_errors(model_16bit, model_4bit, inputs))
         panels = compare.panel(near.images, exact.images)
-        return io.NodeOutput(panels, text, ui=ui.PreviewText(text))
+        return reported(panels, text, text=text)
 
 
 def report(exact: host.Drawn, near: host.Drawn, errors: dict[str, float]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..loaders import hub
 from ..svdquant.adapters import folders
+from .reported import reported
 
 OTHER = "other (name it below)"
 
@@ -52,4 +53,4 @@ class SVDQuantFetchModel(io.ComfyNode):
             )
         kind = hub.PUBLISHED[model].folder if model in hub.PUBLISHED else folders.MODELS
         path = hub.fetch(wanted, folders.download_folder(kind), progress=folders.show_progress())
-        return io.NodeOutput(str(path), ui=ui.PreviewText(f"{path.name} is in {path.parent}"))
+        return reported(str(path), text=f"{path.name} is in {path.parent}")

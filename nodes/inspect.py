@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import comfy.model_management
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..loaders.detect import open_checkpoint
 from ..svdquant.adapters import folders, report
+from .reported import reported
 
 
 class SVDQuantInspect(io.ComfyNode):
@@ -36,4 +37,4 @@ class SVDQuantInspect(io.ComfyNode):
         described = report.describe(open_checkpoint(folders.find(folders.kind_of(model_name), model_name)))
         device = comfy.model_management.get_torch_device()
         text = f"{report.as_text(described)}\n{report.computed_by(described, device)}"
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        return reported(text, text=text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..loaders.plan import Plan
 from ..loaders.source import open_source
@@ -16,6 +16,7 @@ from ..svdquant.quantizer import choices, recipes, report, stream
 from ..svdquant.quantizer import statistics as kept
 from ..svdquant.quantizer.sensitivity import Limit
 from .calibrate import StatisticsType
+from .reported import reported
 
 # What each linear's form is chosen to keep, instead of one rank for all.
 LIMITS: list[io.Input] = [
@@ -120,7 +121,7 @@ class SVDQuantQuantize(io.ComfyNode):
         decision, errors = write(plan, limit, target, settings, samples)
         text = report.as_text(target, errors, time.perf_counter() - began, measured=bool(samples))
         text = "\n".join((*plan.source.notes, text, decision.as_text() if decision else "")).strip()
-        return io.NodeOutput(str(target), text, ui=ui.PreviewText(text))
+        return reported(str(target), text, text=text)
 
 
 def limit_of(budget_mb: int, error_percent: float) -> Limit | None:

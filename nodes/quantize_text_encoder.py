@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..loaders.source import open_source
 from ..svdquant.adapters import folders
 from ..svdquant.adapters.quantizing import quantize as host
 from ..svdquant.quantizer import report, text_encoder
+from .reported import reported
 
 
 class SVDQuantQuantizeTextEncoder(io.ComfyNode):
@@ -49,4 +50,4 @@ class SVDQuantQuantizeTextEncoder(io.ComfyNode):
         encoder = open_source(folders.find(folders.TEXT_ENCODERS, source))
         errors = text_encoder.quantize(encoder, target, device=host.device(), progress=host.progress())
         text = report.as_text(target, errors, time.perf_counter() - began, measured=False)
-        return io.NodeOutput(str(target), text, ui=ui.PreviewText(text))
+        return reported(str(target), text, text=text)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import comfy.samplers
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..svdquant.adapters import sampling
+from .reported import reported
 
 # KSampler's settings in its order but for denoise, and guidance; SVDQuant Compare has the same.
 SETTINGS: list[io.Input] = [
@@ -97,4 +98,4 @@ class SVDQuantSample(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, latent, negative=None, **settings) -> io.NodeOutput:
         samples, report = sampling.sample(model, positive, negative, latent, sampling.Settings(**settings))
-        return io.NodeOutput(samples, report, ui=ui.PreviewText(report))
+        return reported(samples, report, text=report)

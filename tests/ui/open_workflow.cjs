@@ -5,8 +5,8 @@
 // OPTIONS: url, workflow (a file the page saved), others (files to open and not to run), screenshot (PNG to write),
 // chromium, playwright (folder), seconds.
 // Prints one JSON object: nodes (type, title, whether the page knows the type, names and values of the widgets),
-// status, messages and images of the run, shown (pictures the page has put on nodes), others (nodes by file), errors
-// (raised in the page).
+// status, messages and images of the run, shown (pictures the page has put on nodes), after (nodes when it has run),
+// others (nodes by file), errors (raised in the page).
 
 const fs = require('fs')
 
@@ -103,6 +103,7 @@ async function main() {
     const nodes = await drawnNodes(page)
     const run = await queue(page)
     const shown = await shownPictures(page)
+    const after = await drawnNodes(page)
     await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView'))
     await page.waitForTimeout(1000) // the canvas glides to the fitted view
     await page.screenshot({ path: options.screenshot })
@@ -112,7 +113,8 @@ async function main() {
       others[file] = await drawnNodes(page)
     }
     const images = Object.values(run.outputs).flatMap(output => output.images ?? [])
-    console.log(JSON.stringify({ nodes, status: run.status.status_str, messages: run.status.messages, images, shown, others, errors }))
+    const { status_str: status, messages } = run.status
+    console.log(JSON.stringify({ nodes, status, messages, images, shown, after, others, errors }))
   } finally {
     await browser.close()
   }

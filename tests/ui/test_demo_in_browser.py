@@ -63,6 +63,12 @@ def test_the_page_queues_it_and_shows_the_picture(page, server):
     assert page["shown"] >= 1
 
 
+def test_reports_are_shown_on_their_nodes(page):
+    shown = {node["type"]: " ".join(map(str, node["values"])) for node in page["after"]}
+    assert " s in all" in shown["SVDQuantSample"], shown
+    assert "12 layers of 36 tensors" in shown["SVDQuantApplyLora"], shown
+
+
 @pytest.mark.parametrize("file", OTHERS, ids=lambda file: file.stem)
 def test_every_template_opens_with_its_values(page, file):
     """No node is missing, and the page reads each widget's value from its place."""
