@@ -78,4 +78,4 @@ class SVDQuantBakeLora(io.ComfyNode):
             limit=largest_error,
             progress=folders.show_progress(),
         )
-        return reported(str(baked), text=str(baked))
+        return reported(str(baked), text=str(baked), event=f"wrote {target}")

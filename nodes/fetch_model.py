@@ -53,4 +53,5 @@ class SVDQuantFetchModel(io.ComfyNode):
             )
         kind = hub.PUBLISHED[model].folder if model in hub.PUBLISHED else folders.MODELS
         path = hub.fetch(wanted, folders.download_folder(kind), progress=folders.show_progress())
-        return reported(str(path), text=f"{path.name} is in {path.parent}")
+        told = f"{path.name} is in {path.parent}"
+        return reported(str(path), text=told, event=told)

@@ -119,9 +119,10 @@ class SVDQuantQuantize(io.ComfyNode):
         settings = stream.Settings(chosen, seed, host.device())
         limit = limit_of(more.get("budget_mb", 0), more.get("error_percent", 0.0))
         decision, errors = write(plan, limit, target, settings, samples)
-        text = report.as_text(target, errors, time.perf_counter() - began, measured=bool(samples))
+        seconds = time.perf_counter() - began
+        text = report.as_text(target, errors, seconds, measured=bool(samples))
         text = "\n".join((*plan.source.notes, text, decision.as_text() if decision else "")).strip()
-        return reported(str(target), text, text=text)
+        return reported(str(target), text, text=text, event=f"wrote {target} in {seconds:.1f} s")
 
 
 def limit_of(budget_mb: int, error_percent: float) -> Limit | None:

@@ -16,6 +16,7 @@ from svdquant_nodes.nodes.calibrate import SVDQuantCalibrate
 from svdquant_nodes.nodes.compare import SVDQuantCompare
 from svdquant_nodes.nodes.quantize import SVDQuantQuantize
 from svdquant_nodes.svdquant.adapters import demo, folders
+from svdquant_nodes.svdquant.adapters import quantize as host
 from svdquant_nodes.svdquant.adapters.load import load_model
 from svdquant_nodes.svdquant.quantizer.statistics import load as load_statistics
 from svdquant_nodes.tests.inside_host.twins import DEMO_BF16, DEMO_INT4, sample
@@ -103,10 +104,23 @@ def test_statistics_of_a_model_that_was_not_sampled(models, model):
         quantize(statistics=statistics)
 
 
-@pytest.mark.parametrize("name", ["", "../made", "/made"])
-def test_names_that_lead_out_of_the_folder(models, name):
+@pytest.mark.parametrize("name", ["", "sub/", "../made", "/made", "..\\made", "C:\\made", "what?"])
+def test_names_that_lead_out_of_the_folder_or_that_some_systems_cannot_store(models, name):
     with pytest.raises(ValueError, match="expected a name inside diffusion_models"):
         quantize(file_name=name)
+    assert list(models.iterdir()) == []
+
+
+def test_either_slash_parts_folders(models):
+    assert host.target("a b\\ü/made") == models / "a b" / "ü" / "made.safetensors"
+
+
+def test_a_file_that_is_there_is_kept_above_all_the_source(models):
+    source = models / "mine.safetensors"
+    source.write_bytes(DEMO_BF16.read_bytes())
+    with pytest.raises(ValueError, match=r"mine.safetensors: expected a new file, got one that is there"):
+        quantize(source=source.name, file_name="mine")
+    assert source.read_bytes() == DEMO_BF16.read_bytes()
 
 
 def test_an_interrupt_leaves_no_file_and_the_next_run_goes_on(models, monkeypatch):

@@ -9,17 +9,30 @@ import comfy.model_management
 
 from .. import folders
 
+UNPORTABLE = set('<>:"|?*')  # in a file's name on Windows
+
 
 def target(name: str, kind: str = folders.MODELS) -> Path:
-    """The file to write in one of the host's folders; folders in the name are made.
+    """The file to write in one of the host's folders; folders in the name are made, whichever slash parts them.
 
-    Raises ValueError for a name that is empty or leads out of the folder.
+    Raises ValueError for a name that is empty, that leads out of the folder, that some systems cannot store, or that
+    is taken: hours of work, or the source itself, may be in that file.
     """
-    name = name.strip().removesuffix(".safetensors")
+    name = name.strip().replace("\\", "/").removesuffix(".safetensors")
     relative = Path(f"{name}.safetensors")
-    if not name or relative.is_absolute() or ".." in relative.parts:
-        raise ValueError(f"file name: expected a name inside {kind}, such as my-model-int4, got {name!r}.")
+    outside = (
+        not relative.name.removesuffix(".safetensors") or relative.is_absolute() or ".." in relative.parts
+    )
+    if outside or UNPORTABLE & set(name):
+        raise ValueError(
+            f"file name: expected a name inside {kind}, such as my-model-int4, without any of "
+            f"{' '.join(sorted(UNPORTABLE))}, got {name!r}. Change file_name."
+        )
     path = folders.download_folder(kind) / relative
+    if path.exists():
+        raise ValueError(
+            f"{path}: expected a new file, got one that is there. Change file_name, or delete it."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
