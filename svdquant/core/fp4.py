@@ -13,21 +13,32 @@ from torch import Tensor
 from .groups import NVFP4_GROUP, expand, group
 from .int4 import pack_nibbles, unpack_unsigned
 
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
-_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+
+
+def _magnitudes(device: torch.device) -> Tensor:
+    """0, .5, 1, 1.5, 2, 3, 4, 6 in fp32, made where they are used: a table copied to a GPU would be waited for."""
+    index = torch.arange(8, device=device)
+    power = (index // 2 - 1).clamp(min=0)
+    return torch.where(index < 2, index, (2 + index % 2) << power) / 2
+
+
+def _midpoints(x: Tensor) -> Tensor:
+    """Where one magnitude is as near as the next."""
+    values = _magnitudes(x.device)
+    return ((values[1:] + values[:-1]) / 2).to(x.dtype)
 
 
 def decode(codes: Tensor) -> Tensor:
     """Values of e2m1 codes: uint8 0..15 -> fp32."""
-    table = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), device=codes.device)
-    return table[codes.int()]
+    values = _magnitudes(codes.device)
+    return torch.cat((values, -values))[codes.int()]
 
 
 def _index_down(x: Tensor) -> Tensor:
     """Index of the nearest magnitude, ties to the smaller one."""
-    return torch.bucketize(x.abs(), torch.tensor(_MIDPOINTS, dtype=x.dtype, device=x.device))
+    return torch.bucketize(x.abs(), _midpoints(x))
 
 
 def encode_weight(x: Tensor) -> Tensor:
@@ -40,7 +51,7 @@ def encode_weight(x: Tensor) -> Tensor:
 def encode_act(x: Tensor) -> Tensor:
     """Hardware rounding: nearest, ties to the even code, saturating, -0 kept. Any float -> uint8 codes."""
     low = _index_down(x)
-    high = torch.bucketize(x.abs(), torch.tensor(_MIDPOINTS, dtype=x.dtype, device=x.device), right=True)
+    high = torch.bucketize(x.abs(), _midpoints(x), right=True)
     even = torch.where(low % 2 == 0, low, high)
     return (even + 8 * torch.signbit(x)).to(torch.uint8)
 
