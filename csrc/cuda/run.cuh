@@ -21,17 +21,24 @@ inline int device_arch() {
   return 10 * major + minor;
 }
 
+// CUDA's sentence about an error, nullptr if there is none. CUDA forgets it, or torch would blame its own next kernel.
+inline const char* words(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 template <class Params>
 const char* run(void (*kernel)(Params), const Grid& grid, const Launch& launch, const Params& params) {
+  const void* function = reinterpret_cast<const void*>(kernel);
   if (grid.shared_bytes > 48 * 1024) {  // more than every card grants unasked
-    const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                               cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
-    if (e != cudaSuccess) return cudaGetErrorString(e);
+    const auto wanted = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (const char* problem = words(cudaFuncSetAttribute(function, wanted, grid.shared_bytes))) return problem;
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-  kernel<<<blocks, grid.threads, grid.shared_bytes, static_cast<cudaStream_t>(launch.stream)>>>(params);
-  const cudaError_t e = cudaGetLastError();
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+  void* arguments[] = {const_cast<Params*>(&params)};
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  return words(cudaLaunchKernel(function, blocks, dim3(grid.threads), arguments, grid.shared_bytes, stream));
 }
 #else
 inline int device_arch() { return SVDQUANT_ARCH; }
