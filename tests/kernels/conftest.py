@@ -35,8 +35,8 @@ class Spelled:
 
     @property
     def tolerance(self) -> str:
-        """Of a product with its branch, which a GPU sums in 16-bit halves."""
-        return "fp32_sum" if self.device.type == "cpu" else "split_branch"
+        """Of a product with its branch, which a GPU sums in 16-bit halves on tensor cores."""
+        return "fp32_sum" if self.device.type == "cpu" else "tensor_core_sum"
 
     def here(self, t: Tensor) -> Tensor:
         return t.to(self.device)

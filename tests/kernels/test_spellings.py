@@ -131,9 +131,12 @@ def test_codes_of_many_magnitudes(spelled, name, dtype):
     codes, scales, _ = quantize(spelled.ops, spelled.here(x), spelled.weights(w))
     want_codes, want_scales, _ = quantize(reference, x, w)
     same_bits(scales, want_scales)
-    finite = want_scales.float().isfinite().all(1)
-    same_bits(codes[finite.to(codes.device)], want_codes[finite])
-    assert finite.sum() > 60
+    judged = want_scales.float().isfinite().all(1)
+    if name == "nvfp4" and spelled.device.type != "cpu":
+        # below, a zero times the infinite reciprocal of a subnormal scale is NaN, whose sign each processor chooses
+        judged &= x.float().abs().amax(1) > 1e-36
+    same_bits(codes[judged.to(codes.device)], want_codes[judged])
+    assert judged.sum() > 60
 
 
 @pytest.mark.parametrize("dtype", layers.DTYPES)
