@@ -168,6 +168,7 @@ def _compile(target: Target, folder: Path, environment: dict[str, str]) -> Path:
         sources=[str(file) for file in target.sources],
         extra_cflags=target.flags,
         extra_cuda_cflags=[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known],
+        extra_ldflags=_runtime(Path(environment["CUDA_HOME"]), folder) if known else [],
         build_directory=str(folder),
         is_python_module=False,
         verbose=settings().verbose,
@@ -190,6 +191,17 @@ def _compile(target: Target, folder: Path, environment: dict[str, str]) -> Path:
     if done.returncode or not libraries:
         raise _failure(done.stdout or "")
     return libraries[0]
+
+
+def _runtime(home: Path, folder: Path) -> list[str]:
+    """What lets the linker find CUDA's runtime library: in PyPI's packages it has its full name alone."""
+    places = [home / "lib64", home / "lib"]
+    if WINDOWS or any((place / "libcudart.so").exists() for place in places):
+        return []
+    for file in (file for place in places for file in place.glob("libcudart.so.*")):
+        (folder / "libcudart.so").symlink_to(file)
+        return [f"-L{folder}"]
+    return []
 
 
 def _failure(output: str) -> Unavailable:

@@ -328,6 +328,20 @@ def test_a_script_that_calls_another_nvcc_is_no_toolkit(tmp_path, monkeypatch):
     assert jit.cuda_home() == tmp_path / "usual"
 
 
+@pytest.mark.skipif(jit.WINDOWS, reason="its linker wants a .lib, which PyPI's packages have")
+def test_a_runtime_library_without_the_name_that_linkers_look_for(tmp_path):
+    """As in PyPI's packages: it would fail when all is compiled."""
+    home, folder = toolkit(tmp_path / "cuda"), tmp_path / "build"
+    (home / "lib").mkdir()
+    folder.mkdir()
+    assert jit._runtime(home, folder) == []
+    (home / "lib" / "libcudart.so.13").touch()
+    assert jit._runtime(home, folder) == [f"-L{folder}"]
+    assert (folder / "libcudart.so").resolve() == home / "lib" / "libcudart.so.13"
+    (home / "lib" / "libcudart.so").touch()
+    assert jit._runtime(home, folder) == []
+
+
 def test_a_gpu_newer_than_the_toolkit(tmp_path):
     """Alone it is refused in words; beside others it is left out, and they get their library."""
     environment = {"CUDA_HOME": str(toolkit(tmp_path / "cuda"))}
