@@ -86,6 +86,7 @@ W4A4 = {
     "no-scales": (dict(wscales=None), "x.wscales: expected this tensor beside"),
     "no-smooth": (dict(smooth=None), "x.smooth .or .smooth_factor.: expected this tensor beside"),
     "half-a-branch": (dict(lora_up=None), "x.lora_up .or .proj_up.: expected this tensor beside"),
+    "the-other-half": (dict(lora_down=None), "x.lora_down .or .proj_down.: expected this tensor beside"),
     "rank-mismatch": (dict(lora_up=torch.ones(128, 32, dtype=T)), r"x.lora_up: expected shape \[128, 16\] .*128, 32"),
     "branch-of-other-k": (dict(lora_down=torch.ones(256, 16, dtype=T)), r"x.lora_down: expected shape \[128, 16\]"),
     "branch-of-other-n": (dict(lora_up=torch.ones(256, 16, dtype=T)), r"x.lora_up: expected shape \[128, 16\]"),
@@ -120,6 +121,12 @@ def test_bad_w4a4_layer(tmp_path, changes, message):
         open_checkpoint(made.save(tmp_path / "a.safetensors", tensors))
 
 
+def test_a_layer_may_have_no_branch(tmp_path):
+    tensors = changed(made.layer("x"), dict(lora_down=None, lora_up=None))
+    found = open_checkpoint(made.save(tmp_path / "a.safetensors", tensors))
+    assert found.info["x"].rank == found.layers["x"].rank == 0
+
+
 def test_scales_of_another_precision_name_what_the_metadata_says(tmp_path):
     """fp4 codes and second scale, but the micro scales were cast to bf16 on the way."""
     tensors = made.layer("x", "f0", "svdq_nvfp4_linear")
@@ -137,6 +144,10 @@ AWQ = {
     "no-scales": (dict(wscales=None), "x.wscales: expected this tensor"),
     "no-codes": (dict(qweight=None), "x.qweight: expected this tensor"),
     "scales-by-row": (dict(wscales=torch.ones(8, 16)), r"x.wscales: expected shape \[16, 8\]"),
+    "no-rows": (
+        dict(qweight=torch.ones(0, 512, dtype=torch.int32)),
+        "x.qweight: expected columns .* got 0 x 1024",
+    ),
     "columns": (
         dict(qweight=torch.ones(2, 48, dtype=torch.int32)),
         "x.qweight: expected columns in multiples of 64",

@@ -90,10 +90,6 @@ def size(members: Members) -> tuple[int, int] | None:
     if "lokr_w1" in members or "lokr_w1_a" in members:
         (a, b), (c, d) = (_kron_size(members, f"lokr_w{i}") for i in (1, 2))
         return a * c, b * d
-    if "a1.weight" in members:
-        return None
-    if "oft_blocks" in members:
-        return None
     diff = members.get("diff")
     return None if diff is None or diff.ndim < 2 else tuple(diff.flatten(1).shape)
 

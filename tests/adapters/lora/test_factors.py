@@ -79,6 +79,76 @@ def test_size_is_told_beforehand(members):
     assert factors.size(members) == (N, K)
 
 
+def as_convolution(members):
+    """The same with the factors that read the input as 1x1 kernels, as LyCORIS saves them for convolutions."""
+    reads = ("lora_down.weight", "hada_w1_b", "hada_w2_b", "lokr_w2_b", "lokr_w2")
+    return {tail: t[..., None, None] if tail in reads else t for tail, t in members.items()}
+
+
+@pytest.mark.parametrize("members", CASES.values(), ids=CASES)
+def test_kernels_of_one_are_matrices(members):
+    kernels = as_convolution(members)
+    assert factors.size(kernels) == (N, K)
+    assert_close(dense(factors.factor(kernels)), lora_oracle.low_rank(members), "fp32_sum")
+
+
+@pytest.mark.parametrize("members", CASES.values(), ids=CASES)
+def test_bytes_are_told_beforehand(members):
+    """At least those of the branches, so that a plan of what fits into VRAM is kept; LoHa's to the byte."""
+    found, planned = factors.factor(members).nbytes, factors.planned(members)
+    assert found <= planned <= 3 * found
+    assert planned == found or "hada_w1_a" not in members
+
+
+def test_bytes_of_what_has_no_factors_are_unknown():
+    assert factors.planned(loha(rank=8)) is None
+    assert factors.planned({"diff": random(N, K, seed=1)}) is None
+
+
+@pytest.mark.parametrize(
+    "members", [{"oft_blocks": torch.zeros(2, 4, 4)}, {"diff_b": torch.zeros(4)}, {}], ids=str
+)
+def test_size_that_the_tensors_do_not_say(members):
+    assert factors.size(members) is None
+
+
+class TestGLoRA:
+    """W + B1 B2 + W A1 A2, in the order of factors that files have now and in the older one."""
+
+    def members(self, n, k, rank, *, old):
+        a1, a2, b1, b2 = (
+            random(*s, seed=i) for i, s in enumerate(((k, rank), (rank, k), (n, rank), (rank, k)))
+        )
+        a1, a2, b1, b2 = (a2, a1, b2, b1) if old else (a1, a2, b1, b2)
+        return {
+            f"{name}.weight": t for name, t in zip(("a1", "a2", "b1", "b2"), (a1, a2, b1, b2), strict=True)
+        }
+
+    @pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+    @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)], ids=str)
+    def test_both_orders(self, shape, old):
+        weight = random(*shape, seed=9)
+        found = factors.glora(self.members(*shape, 4, old=old) | ALPHA, weight)
+        want = lora_oracle.difference(
+            self.members(*shape, 4, old=False) | ALPHA, weight.double().numpy(), 1.0
+        )
+        assert_close(found.difference(), want, "fp32_sum")
+
+    def test_where_shapes_do_not_tell_the_older_order_is_meant(self):
+        """As in ComfyUI: all four are square, so both orders fit."""
+        weight = random(8, 8, seed=9)
+        members = self.members(8, 8, 8, old=True)
+        want = lora_oracle.difference(self.members(8, 8, 8, old=False), weight.double().numpy(), 1.0)
+        assert_close(factors.glora(members, weight).difference(), want, "fp32_sum")
+
+    def test_factors_of_another_layer_do_not_fit(self):
+        members = self.members(24, 16, 4, old=False)
+        assert factors.glora_factors(members, (24, 16)) is not None
+        assert factors.glora_factors(members, (16, 24)) is None
+        assert factors.glora_factors(members | {"b2.weight": random(5, 16, seed=1)}, (24, 16)) is None
+        assert factors.glora_factors(lora(), (N, K)) is None
+
+
 def test_a_plain_pair_is_not_copied():
     members = lora()
     [branch] = factors.factor(members).branches
@@ -165,6 +235,13 @@ class TestTruncated:
         delta = spectrum([1.0, 0.5, 0.1])
         first, second = (truncation.truncated(delta, 1e-3).branches[0] for _ in range(2))
         assert torch.equal(first.down, second.down) and torch.equal(first.up, second.up)
+
+    @pytest.mark.parametrize("turned", [False, True], ids=["tall", "wide"])
+    def test_what_it_would_have_taken(self, turned):
+        # 16 + 9 + 4 + 1 = 30: two ranks leave sqrt(5/30) = 0.41, three sqrt(1/30) = 0.18, of the whole
+        delta = spectrum([4.0, 3.0, 2.0, 1.0])
+        rank, left = truncation.needed(delta.T if turned else delta, 0.3, 2)
+        assert rank == 3 and left == pytest.approx((5 / 30) ** 0.5, rel=1e-3)
 
     def test_nothing_needs_no_branch(self):
         assert truncation.truncated(torch.zeros(8, 8), 1e-3).branches == ()
