@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..svdquant.adapters import folders
 from ..svdquant.adapters.lora.apply import apply_lora
+from .checked import checked
 from .lora_inputs import chosen, further_loras, lora_inputs
 from .reported import reported
 
@@ -38,6 +40,10 @@ class SVDQuantApplyLora(io.ComfyNode):
             ],
             accept_all_inputs=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str | None = None, *, more: object = None) -> bool | str:
+        return checked(lambda name: folders.find(folders.LORAS, name), lora_name)
 
     @classmethod
     def execute(

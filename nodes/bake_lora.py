@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..loaders.detect import open_checkpoint
 from ..svdquant.adapters import folders
 from ..svdquant.adapters.baking import bake
+from .checked import checked
 from .lora_inputs import chosen, further_loras, lora_inputs
 from .reported import reported
 
@@ -57,6 +59,14 @@ class SVDQuantBakeLora(io.ComfyNode):
             is_output_node=True,
             accept_all_inputs=True,
         )
+
+    @classmethod
+    def validate_inputs(
+        cls, model_name: str | None = None, lora_name: str | None = None, *, more: object = None
+    ) -> bool | str:
+        loras = checked(lambda name: folders.find(folders.LORAS, name), lora_name)
+        models = checked(lambda name: open_checkpoint(folders.find(folders.MODELS, name)), model_name)
+        return loras if models is True else models
 
     @classmethod
     def execute(

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..loaders.detect import open_checkpoint
 from ..svdquant.adapters import folders, report
+from .checked import checked
 from .reported import reported
 
 
@@ -31,6 +32,10 @@ class SVDQuantInspect(io.ComfyNode):
             outputs=[io.String.Output("report", display_name="report", tooltip="One line a layer.")],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return checked(lambda name: folders.find(folders.kind_of(name), name), model_name)
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from comfy_api.latest import io
 
+from ..loaders.detect import open_checkpoint
 from ..svdquant.adapters import activations as widths
 from ..svdquant.adapters import folders, load
+from .checked import checked
+
+# How 4-bit files are mostly named; the first of them is what a new node shows.
+FOUR_BIT = re.compile(r"int4|fp4|svdq-", re.IGNORECASE)
 
 
 class SVDQuantLoadModel(io.ComfyNode):
@@ -13,6 +20,7 @@ class SVDQuantLoadModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        files = folders.names(folders.MODELS)
         return io.Schema(
             node_id="SVDQuantLoadModel",
             display_name="SVDQuant Load Model",
@@ -33,7 +41,8 @@ class SVDQuantLoadModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folders.names(folders.MODELS),
+                    options=files,
+                    default=next(filter(FOUR_BIT.search, files), None),
                     tooltip=(
                         "A checkpoint in models/diffusion_models. Precision, rank and family are read from the file. "
                         "For a two-file folder choose its transformer_blocks.safetensors."
@@ -54,6 +63,10 @@ class SVDQuantLoadModel(io.ComfyNode):
                 io.Model.Output(tooltip="An ordinary MODEL; ComfyUI decides the device and offloading.")
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return checked(lambda name: open_checkpoint(folders.find(folders.MODELS, name)), model_name)
 
     @classmethod
     def execute(cls, model_name: str, activations: str = "auto") -> io.NodeOutput:

@@ -16,6 +16,7 @@ from ..svdquant.quantizer import choices, recipes, report, stream
 from ..svdquant.quantizer import statistics as kept
 from ..svdquant.quantizer.sensitivity import Limit
 from .calibrate import StatisticsType
+from .checked import checked
 from .reported import reported
 
 # What each linear's form is chosen to keep, instead of one rank for all.
@@ -103,6 +104,10 @@ class SVDQuantQuantize(io.ComfyNode):
             ],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, source: str | None = None) -> bool | str:
+        return checked(lambda name: open_source(folders.find(folders.MODELS, name)), source)
 
     @classmethod
     def execute(

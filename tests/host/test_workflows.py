@@ -1,4 +1,4 @@
-"""Every workflow's API form passes the validation of a real ComfyUI, with empty files in place of the models.
+"""Every workflow's API form passes the validation of a real ComfyUI, with the demo's files in place of the models.
 
 The files are made from what the page form offers to download, so a model that it forgets is refused here.
 """
@@ -15,26 +15,37 @@ from svdquant_nodes.tools.host.client import PromptRefused
 from svdquant_nodes.tools.host.places import ROOT
 from svdquant_nodes.tools.workflows import WORKFLOWS, draw
 
+# What our nodes look into before the graph runs; other nodes' files are empty.
+STAND_INS = {
+    "SVDQuantLoadModel": "diffusion_models/svdquant-demo-int4.safetensors",
+    "UNETLoader": "diffusion_models/svdquant-demo-bf16.safetensors",
+    "SVDQuantQuantize": "diffusion_models/svdquant-demo-bf16.safetensors",
+    "SVDQuantApplyLora": "loras/svdquant-demo-lora.safetensors",
+}
+
 
 @pytest.fixture(scope="module")
 def with_files(comfy):
     """The host with a file of every name that a workflow loads."""
     made = []
 
-    def put(folder, name):
+    def put(folder, name, node):
         path = comfy.base_dir / "models" / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            path.touch()
+            if node in STAND_INS:
+                shutil.copy(ROOT / "demo" / STAND_INS[node], path)
+            else:
+                path.touch()
             made.append(path)
 
     for workflow in WORKFLOWS:
         drawn = json.loads((ROOT / "workflows" / f"{workflow.name}.json").read_text(encoding="utf-8"))
         for node in drawn["nodes"]:
             for model in node["properties"].get("models", ()):
-                put(model["directory"], model["name"])
+                put(model["directory"], model["name"], node["type"])
         for name, _ in workflow.made:
-            put("diffusion_models", name)
+            put("diffusion_models", name, "SVDQuantLoadModel")
     image = comfy.base_dir / "input" / "example.png"
     shutil.copy(comfy.server.host.tree / "input" / "example.png", image)
     made.append(image)
