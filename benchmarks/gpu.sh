@@ -34,7 +34,8 @@ step() { # name, most seconds, command...: also ends when the time of all is ove
 
 : >"$out/summary.txt"
 : >"$out/log.txt"
-export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=1 # or each worker of the tests starts as many as there are cores
+export PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-8}
+export TORCHINDUCTOR_COMPILE_THREADS=1 # or each worker of the tests starts as many as there are cores
 say "commit $(git rev-parse HEAD 2>/dev/null || echo unknown)"
 if [ -z "$dry" ]; then
     nvidia-smi --query-gpu=name,driver_version,compute_mode,clocks.sm,power.draw,temperature.gpu --format=csv | tee -a "$out/summary.txt" ||
