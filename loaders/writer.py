@@ -142,8 +142,7 @@ def write_checkpoint(
     try:
         with TensorWriter(path, metadata, checkpoint_room(layers, plain, metadata)) as out:
             for done, name in enumerate(layers, 1):
-                for tail, tensor in encode(_storable(name, layers[name])).items():
-                    out.add(f"{name}.{tail}", tensor)
+                _add_layer(out, name, encode(_storable(name, layers[name])))
                 if progress:
                     progress(name, done, len(layers))
             for name in plain:
@@ -154,6 +153,12 @@ def write_checkpoint(
         raise DiskFull(
             f"{Path(path).name}: the disk is full; nothing was written. Free space in {Path(path).parent}."
         ) from None
+
+
+def _add_layer(out: TensorWriter, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """A function of its own, so that nothing holds a layer's last tensor while the next layer is made."""
+    for tail, tensor in tensors.items():
+        out.add(f"{name}.{tail}", tensor)
 
 
 def _storable(name: str, weights: LinearWeights) -> LinearWeights:

@@ -57,6 +57,13 @@ def test_folder(tmp_path, shards):
     check(open_checkpoint(folder(tmp_path / "model", shards=shards)))
 
 
+def test_a_folder_is_what_its_config_says(tmp_path):
+    """Even with the original smoothing vectors, which files of the engine have."""
+    path = folder(tmp_path / "model")
+    made.save(path / FILE, made.as_v2(made.layer(NAMES[0]) | made.layer(NAMES[1])) | made.PLAIN)
+    assert open_checkpoint(path).dialect == "nunchaku_lite"
+
+
 def test_any_file_of_the_folder_opens_the_folder(tmp_path):
     path = folder(tmp_path / "model", shards=2)
     check(open_checkpoint(path / "diffusion_pytorch_model-00002-of-00002.safetensors"))

@@ -74,6 +74,7 @@ BAD = {
         r"x.qweight: expected \(N/4, K\) with K in multiples of 64, got \[8, 96\]",
     ),
     "one-axis": (dict(qweight=torch.ones(96, dtype=torch.int16)), r"x.qweight: expected \(N/4, K\)"),
+    "no-rows": (dict(qweight=torch.ones(0, 256, dtype=torch.int16)), r"x.qweight: expected \(N/4, K\)"),
     "bias-length": (dict(bias=torch.ones(7).half()), r"x.bias: expected shape \[32\]"),
 }
 

@@ -61,16 +61,25 @@ def test_eight_bits_are_in_no_file(tmp_path, dialect):
 
 def test_one_layer_in_memory(tmp_path):
     made_layers: list[weakref.ref] = []
+    tensors: list[weakref.ref] = []
 
     def make(name):
         gc.collect()
-        assert all(old() is None for old in made_layers), "an earlier layer is still held"
+        assert all(old() is None for old in [*made_layers, *tensors]), "an earlier layer is still held"
         w = layers.random_linear("int4", 128, 128)
         made_layers.append(weakref.ref(w))
+        tensors.extend(map(weakref.ref, w.tensors().values()))
         return w
 
     natural.write(tmp_path / "a.safetensors", Lazy([f"l{i}" for i in range(5)], make), {}, {})
     assert len(made_layers) == 5
+
+
+def test_the_header_has_room_for_its_metadata(tmp_path):
+    """More of it than the slack for what an encoder adds."""
+    config = "x" * 100_000
+    write_checkpoint(tmp_path / "a.safetensors", {}, {"a": torch.ones(2)}, {"config": config}, dict)
+    assert open_file(tmp_path / "a.safetensors").metadata == {"config": config}
 
 
 def test_progress_counts_layers(tmp_path):
