@@ -94,6 +94,16 @@ BAD = {
     ),
     "awq-without-zeros": ("awq", dict(zeros=None), "a.b.zeros: expected this tensor"),
     "scales-by-column": ("int4", dict(scales=torch.ones(3, 48)), "scales: expected one row of group scales"),
+    "scales-of-more-rows": (
+        "int4",
+        dict(scales=torch.ones(49, 3)),
+        "scales: expected one row of group scales",
+    ),
+    "no-rows": (
+        "int4",
+        dict(codes=torch.zeros(0, 192, dtype=torch.int8), scales=torch.ones(0, 3)),
+        "scales: expected one row of group scales",
+    ),
     "scales-do-not-divide": (
         "int4",
         dict(scales=torch.ones(48, 5)),

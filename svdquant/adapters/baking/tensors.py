@@ -141,7 +141,7 @@ def _add_bias(source: Base, host: str, place: Place, difference: Tensor, tensors
             )
         _chain(tensors, source, where.names[0], lambda bias: _added(bias, difference, where.share))
         return
-    first = (place.rows or (0, 0))[0]
+    first, _ = place.rows
     for piece in source.pieces(module):
         begin, end = max(first, piece.rows.start), min(first + len(difference), piece.rows.stop)
         name = source.checkpoint.info[piece.name].keys.get("bias")

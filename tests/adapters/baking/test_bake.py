@@ -53,6 +53,27 @@ def test_vectors_at_half_strength_to_the_byte(folder, tmp_path):
     assert [name for name, t in expected.items() if not made.same(out[name], t)] == []
 
 
+@pytest.mark.parametrize("v2", [False, True], ids=["v1-names", "v2-names"])
+def test_a_layer_without_a_branch_gets_one(folder, tmp_path, v2):
+    """Under the names that its file's other layers have."""
+    out, _ = run(folder, tmp_path, ("lora1", 0.8))
+    names = {"lora_down": "proj_down", "lora_up": "proj_up"} if v2 else {}
+    tensors = load_file(folder / "base.safetensors")
+    name = next(n for n in out if n.endswith(".lora_down") and not made.same(out[n], tensors[n]))
+    layer = name.removesuffix(".lora_down")
+    for end in ("lora_down", "lora_up"):
+        del tensors[f"{layer}.{end}"]
+    bare = made.save(tmp_path / "bare.safetensors", made.as_v2(tensors) if v2 else tensors)
+    found = load_file(
+        bake.bake(bare, [(folder / "lora1.safetensors", 0.8)], tmp_path / "b.safetensors").target
+    )
+    down, up = (found[f"{layer}.{names.get(end, end)}"] for end in ("lora_down", "lora_up"))
+    got = tiles.untile_up(up).double() @ tiles.untile_down(down).double()
+    assert_close(
+        got, product(out, layer) - product(load_file(folder / "base.safetensors"), layer), "two_bf16_factors"
+    )
+
+
 def test_nothing_else_changes(folder, tmp_path):
     out, _ = run(folder, tmp_path, ("lora1", 0.8))
     before = load_file(folder / "base.safetensors")
