@@ -53,9 +53,7 @@ def test_documents_stay_short(name, cap):
 
 ENGINE = DOCS.parent / "svdquant"
 PLACED = [p.relative_to(ENGINE) for p in ENGINE.glob("*/**/*.py") if p.stem != "__init__"]
-MODULES = sorted(
-    p for p in PLACED if p.parent.name != "families"
-)  # whose tables the README's list of models tells
+MODULES = sorted(p for p in PLACED if p.parent.name != "families")  # whose tables docs/models.md tells
 
 
 def test_architecture_places_every_module():
