@@ -21,6 +21,13 @@
 #define SVDQUANT_HOPPER 0
 #endif
 
+// So many neighbouring blocks of a kernel's grid are a cluster, however it is launched.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define SVDQUANT_CLUSTER(BLOCKS)
+#else
+#define SVDQUANT_CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
+#endif
+
 namespace svdquant::cuda {
 
 using TensorMap = CUtensorMap;
@@ -86,6 +93,42 @@ __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int col
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(b))
                : "memory");
+}
+
+// ---- a cluster: blocks that run at one time, and whose copies and barriers reach each other's shared memory ----
+
+// Which block of its cluster this is.
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all blocks meet, and know what the others have done (9.7.13.4).
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Arrive at the barrier that lies at this place in the memory of a block of the cluster. What this thread has read is
+// read by then; what it has stored is not announced to the other block: .release.cluster would wait for the card's
+// memory each time.
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* b, int rank) {
+  asm volatile(
+      "{\n\t.reg .b32 there;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(b)),
+      "r"(rank)
+      : "memory");
+}
+
+// A copy to this place in the memory of every block of a mask, whose barriers at the place of `b` are told.
+__device__ __forceinline__ void tma_multicast(void* to, const TensorMap* map, int column, int row, uint64_t* b,
+                                              unsigned mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(b)), "h"(static_cast<unsigned short>(mask))
+      : "memory");
 }
 
 // What this thread stored to shared memory may be read by the copy engine and by wgmma, once others know (9.7.13.4).

@@ -9,6 +9,7 @@ struct Grid {
   int64_t x, y = 1;
   int threads;
   int shared_bytes;
+  int cluster = 1;  // blocks; the kernel's own __cluster_dims__
 };
 
 #ifdef __CUDACC__
@@ -28,13 +29,29 @@ inline const char* words(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
+inline const char* grant_memory(const void* kernel, const Grid& grid) {
+  if (grid.shared_bytes <= 48 * 1024) return nullptr;  // which every card grants unasked
+  return words(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes));
+}
+
+// Clusters of a kernel, one block an SM, that run at one time: not all SMs have enough others beside them.
+template <class Params>
+int64_t clusters_at_once(void (*kernel)(Params), const Grid& grid, int sms) {
+  if (grid.cluster == 1) return sms;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.cluster);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  int found = 0;
+  const bool granted = !grant_memory(reinterpret_cast<const void*>(kernel), grid);
+  const bool known = granted && !words(cudaOccupancyMaxActiveClusters(&found, kernel, &config));
+  return known && found ? found : ceil_div(sms, grid.cluster);  // what is wrong, the launch will say
+}
+
 template <class Params>
 const char* run(void (*kernel)(Params), const Grid& grid, const Launch& launch, const Params& params) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (grid.shared_bytes > 48 * 1024) {  // more than every card grants unasked
-    const auto wanted = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    if (const char* problem = words(cudaFuncSetAttribute(function, wanted, grid.shared_bytes))) return problem;
-  }
+  if (const char* problem = grant_memory(function, grid)) return problem;
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   void* arguments[] = {const_cast<Params*>(&params)};
   const auto stream = static_cast<cudaStream_t>(launch.stream);
@@ -44,8 +61,13 @@ const char* run(void (*kernel)(Params), const Grid& grid, const Launch& launch, 
 inline int device_arch() { return SVDQUANT_ARCH; }
 
 template <class Params>
+int64_t clusters_at_once(void (*)(Params), const Grid& grid, int sms) {
+  return ceil_div(sms, grid.cluster);
+}
+
+template <class Params>
 const char* run(void (*kernel)(Params), const Grid& grid, const Launch&, const Params& params) {
-  return emulator::run(kernel, params, {grid.x, grid.y, grid.threads, grid.shared_bytes});
+  return emulator::run(kernel, params, {grid.x, grid.y, grid.threads, grid.shared_bytes, grid.cluster});
 }
 #endif
 

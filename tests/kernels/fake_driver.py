@@ -25,6 +25,7 @@ class Grid(ctypes.Structure):
         ("y", ctypes.c_int64),
         ("threads", ctypes.c_int),
         ("shared_bytes", ctypes.c_int),
+        ("cluster", ctypes.c_int),
     ]
 
 
@@ -96,7 +97,7 @@ class Functions:
         assert self._contexts and (z, one, also_one, extra) == (1, 1, 1, None)
         name = self._names[function.value - 1].removeprefix("_Z")
         self.launched.append((name, (x, y), threads, shared, stream.value))
-        return self._run(name, Grid(x, y, threads, shared), params[0]) if self.arch else 0
+        return self._run(name, Grid(x, y, threads, shared, 1), params[0]) if self.arch else 0
 
     def _run(self, name: str, grid: Grid, params: int) -> int:
         kernels = library(self.arch)

@@ -1,7 +1,9 @@
-// A thread block on a CPU. Every CUDA thread is a fiber; fibers take turns and stop where threads wait for each other:
-// at barriers, and at warp instructions. What a GPU leaves undefined is an error here, with a sentence about it:
+// A thread block on a CPU, or the blocks of a cluster. Every CUDA thread is a fiber; fibers take turns and stop where
+// threads wait for each other: at barriers, and at warp instructions. What a GPU leaves undefined is an error here,
+// with a sentence about it:
 //
 //   - a barrier or warp instruction that not all threads reach, or reach at different places
+//   - a block that ends while others of its cluster may still send to it
 //   - threads that wait for each other, or for what nobody will bring
 //   - shared memory read before it was written, or while a copy to it is on its way
 //   - shared memory touched by two threads, one of them writing, without a barrier between (shadow.h)
@@ -38,7 +40,7 @@ struct Copy {  // of cp.async: `bytes` of `data` to a place in shared memory
   unsigned char data[16];
 };
 
-enum class State { kReady, kBarrier, kWarp, kWarpgroup, kPhase, kDone };
+enum class State { kReady, kBarrier, kCluster, kWarp, kWarpgroup, kPhase, kDone };
 
 struct Thread {
   Dim index{}, block{};
@@ -72,20 +74,26 @@ class Block {
   Engines engines{shared};
   int multiprocessors = 4;
 
-  const char* run(const std::function<void()>& kernel, int64_t grid_x, int64_t grid_y, int threads, int shared_bytes) {
+  // `cluster` neighbouring blocks of a row run together.
+  const char* run(const std::function<void()>& kernel, int64_t grid_x, int64_t grid_y, int threads, int shared_bytes,
+                  int cluster = 1) {
     problem.clear();
     if (threads % kWarp) return fail_text("threads: not a multiple of 32");
+    if (cluster > 1 && threads % kWarpgroup) return fail_text("threads of a cluster: not a multiple of 128");
+    if (grid_x % cluster) return fail_text("grid: not a multiple of the cluster");
     if (shared_bytes > kMostShared) return fail_text("more shared memory than a block can have");
     for (int64_t y = 0; y < grid_y && problem.empty(); ++y) {
-      for (int64_t x = 0; x < grid_x && problem.empty(); ++x) {
-        run_block(kernel, {static_cast<unsigned>(x), static_cast<unsigned>(y)}, threads, shared_bytes);
+      for (int64_t x = 0; x < grid_x && problem.empty(); x += cluster) {
+        run_cluster(kernel, {static_cast<unsigned>(x), static_cast<unsigned>(y)}, cluster, threads, shared_bytes);
       }
     }
     return problem.empty() ? nullptr : problem.c_str();
   }
 
   Thread& self() { return threads_[current_]; }
-  int number() const { return current_; }
+  int number() const { return current_; }                              // among all threads of the cluster
+  int rank() const { return shared.block_of_thread(current_); }        // of the thread's block in its cluster
+  char* memory() { return reinterpret_cast<char*>(shared.bytes.data()) + shared.first_byte_of(current_); }
 
   // Leave the kernel with a sentence.
   [[noreturn]] void fail(const std::string& text) {
@@ -117,11 +125,11 @@ class Block {
 
   // Until the phase of this parity has ended.
   void wait_phase(size_t barrier, unsigned parity) {
-    check(engines.usable(barrier, current_));
+    check(engines.barriers.usable(barrier, current_));
     self().phase_of = barrier;
     self().parity = parity;
-    if (!engines.ended(barrier, parity)) wait(State::kPhase, "the end of a phase");
-    join(shared.order.heard[current_], engines.told(barrier));
+    if (!engines.barriers.ended(barrier, parity)) wait(State::kPhase, "the end of a phase");
+    join(shared.order.heard[current_], engines.barriers.told(barrier));
   }
 
   void check(const char* wrong) {
@@ -145,7 +153,7 @@ class Block {
   size_t shared_offset(const void* p, size_t bytes) {
     const size_t at = static_cast<const unsigned char*>(p) - shared.bytes.data();
     if (at % bytes) fail("shared access of " + std::to_string(bytes) + " bytes is not aligned");
-    if (at + bytes > shared.bytes.size()) fail("shared access outside the block's memory");
+    if (!shared.holds(at, bytes) || shared.block_of(at) != rank()) fail("shared access outside the block's memory");
     return at;
   }
 
@@ -183,27 +191,44 @@ class Block {
     return problem.c_str();
   }
 
-  void run_block(const std::function<void()>& kernel, Dim block, int threads, int shared_bytes) {
+  void run_cluster(const std::function<void()>& kernel, Dim first, int blocks, int threads, int shared_bytes) {
     kernel_ = &kernel;
-    shared.reset(shared_bytes, threads);
-    engines.reset(threads);
-    threads_.assign(threads, {});
-    if (stacks_.size() < threads * kStack) stacks_.resize(threads * kStack);
-    for (int i = 0; i < threads; ++i) {
-      threads_[i].index = {static_cast<unsigned>(i), 0};
-      threads_[i].block = block;
+    threads_a_block_ = threads;
+    shared.reset(blocks, shared_bytes, threads);
+    engines.reset(blocks, blocks * threads);
+    threads_.assign(blocks * threads, {});
+    if (stacks_.size() < threads_.size() * kStack) stacks_.resize(threads_.size() * kStack);
+    for (unsigned i = 0; i < threads_.size(); ++i) {
+      threads_[i].index = {i % threads, 0};
+      threads_[i].block = {first.x + i / threads, first.y};
     }
-    while (problem.empty() && !all_done()) {
+    while (problem.empty() && !all_of(threads_.begin(), threads_.end(), State::kDone)) {
       // Copies end as late as they can: when nobody can do anything else.
-      if (!run_warps() && problem.empty() && !run_warpgroups() && problem.empty() && !engines.deliver(backwards)) {
-        cross_barrier();
-      }
+      const bool moved = run_warps() || (problem.empty() && run_warpgroups());
+      if (problem.empty()) end_blocks();
+      if (!moved && problem.empty() && !engines.copies.deliver(backwards)) cross_barriers();
     }
-    if (problem.empty() && engines.unfinished()) fail_text(engines.unfinished());
+    if (problem.empty() && engines.products.unfinished()) fail_text("the kernel has ended while a product was running");
   }
 
-  bool all_done() const {
-    return std::all_of(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state == State::kDone; });
+  using Threads = std::vector<Thread>::iterator;
+
+  static bool all_of(Threads begin, Threads end, State state) {
+    return std::all_of(begin, end, [=](const Thread& t) { return t.state == state; });
+  }
+
+  // Blocks of which every thread is done are gone.
+  void end_blocks() {
+    for (int block = 0; block < shared.blocks(); ++block) {
+      const int first = block * threads_a_block_;
+      const Threads begin = threads_.begin() + first;
+      if (engines.barriers.has_ended(block) || !all_of(begin, begin + threads_a_block_, State::kDone)) continue;
+      Clock known = shared.order.nothing();
+      for (int t = first; t < first + threads_a_block_; ++t) join(known, shared.order.heard[t]);
+      if (const char* wrong = engines.barriers.end_block(block, known)) {
+        fail_text(std::string(wrong) + " (block " + std::to_string(begin->block.x) + ")");
+      }
+    }
   }
 
   // Returns whether any thread could move.
@@ -221,7 +246,7 @@ class Block {
       moved = false;
       for (int i = first; i < first + kWarp && problem.empty(); ++i) {
         Thread& t = threads_[i];
-        if (t.state == State::kPhase && engines.ended(t.phase_of, t.parity)) t.state = State::kReady;
+        if (t.state == State::kPhase && engines.barriers.ended(t.phase_of, t.parity)) t.state = State::kReady;
         if (t.state != State::kReady) continue;
         enter(i);
         moved = true;
@@ -269,22 +294,45 @@ class Block {
     return true;
   }
 
-  // All threads stand at the barrier: let them pass.
-  void cross_barrier() {
-    size_t waiting = 0;
+  // Nobody can go on: let those pass who all stand at a barrier, of a block or of the cluster.
+  void cross_barriers() {
+    bool crossed = false;
+    for (int first = 0; first < static_cast<int>(threads_.size()); first += threads_a_block_) {
+      const Threads begin = threads_.begin() + first, end = begin + threads_a_block_;
+      if (!all_of(begin, end, State::kBarrier)) continue;
+      for (Threads t = begin; t != end; ++t) t->state = State::kReady;
+      shared.blocks() > 1 ? shared.order.meet(first, threads_a_block_) : void(++shared.order.epoch);
+      crossed = true;
+    }
+    if (crossed) return;
+    if (const size_t waiting = count(State::kCluster); waiting && waiting + count(State::kDone) == threads_.size()) {
+      for (Thread& t : threads_) {  // threads that have ended count as arrived
+        if (t.state == State::kCluster) t.state = State::kReady;
+      }
+      ++shared.order.epoch;
+    } else {
+      explain();
+    }
+  }
+
+  size_t count(State state) const {
+    return std::count_if(threads_.begin(), threads_.end(), [=](const Thread& t) { return t.state == state; });
+  }
+
+  // Why nobody can go on.
+  void explain() {
     for (const Thread& t : threads_) {
-      waiting += t.state == State::kBarrier;
       if (t.state != State::kPhase && t.state != State::kWarpgroup) continue;
-      fail_text(std::string("deadlock: thread ") + std::to_string(t.index.x) + " waits for " + t.where +
-                (t.state == State::kPhase ? engines.name(t.phase_of) : ", which its warpgroup does not reach"));
+      const bool phase = t.state == State::kPhase;
+      fail_text(std::string("deadlock: thread ") + std::to_string(t.index.x) + " of block " +
+                std::to_string(t.block.x) + " waits for " + t.where +
+                (phase ? engines.barriers.name(t.phase_of) : ", which its warpgroup does not reach"));
       return;
     }
-    if (waiting != threads_.size()) {
-      fail_text("a barrier was reached by " + std::to_string(waiting) + " of " + std::to_string(threads_.size()) +
-                " threads");
-    }
-    for (Thread& t : threads_) t.state = State::kReady;
-    ++shared.order.epoch;
+    const bool of_block = count(State::kBarrier);
+    fail_text((of_block ? "a barrier was reached by " : "a barrier of the cluster was reached by ") +
+              std::to_string(count(of_block ? State::kBarrier : State::kCluster)) + " of " +
+              std::to_string(threads_.size()) + " threads");
   }
 
   // Run a thread until it waits.
@@ -311,7 +359,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<char> stacks_;
   jmp_buf scheduler_{};
-  int current_ = 0;
+  int current_ = 0, threads_a_block_ = 0;
 };
 
 inline Block& Block::current() {
@@ -320,8 +368,8 @@ inline Block& Block::current() {
 }
 
 template <class F>
-const char* run(const F& kernel, int64_t grid_x, int64_t grid_y, int threads, int shared_bytes) {
-  return Block::current().run(kernel, grid_x, grid_y, threads, shared_bytes);
+const char* run(const F& kernel, int64_t grid_x, int64_t grid_y, int threads, int shared_bytes, int cluster = 1) {
+  return Block::current().run(kernel, grid_x, grid_y, threads, shared_bytes, cluster);
 }
 
 }  // namespace emulator

@@ -34,7 +34,7 @@ namespace svdquant::cuda {
 
 using emulator::Block;
 
-inline char* shared_memory() { return reinterpret_cast<char*>(Block::current().shared.bytes.data()); }
+inline char* shared_memory() { return Block::current().memory(); }
 
 template <class T>
 T ld_global(const T* from) {

@@ -1,9 +1,10 @@
-// What hopper_ptx.cuh offers a kernel, as plain C++ over engines.h.
+// What hopper_ptx.cuh offers a kernel, as plain C++ over the engines of its neighbours.
 #pragma once
 
 #include "emulated.h"
 
 #define SVDQUANT_HOPPER (SVDQUANT_ARCH == 90)
+#define SVDQUANT_CLUSTER(BLOCKS)  // the launch says it
 
 namespace svdquant::cuda {
 
@@ -11,31 +12,60 @@ using emulator::Format;
 using emulator::TensorMap;
 
 inline unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(Block::current().shared_offset(p, 1)) + emulator::kSharedBase;
+  Block& block = Block::current();
+  return static_cast<unsigned>(block.shared_offset(p, 1) - block.shared.first_byte_of(block.number())) +
+         emulator::kSharedBase;
 }
 
 inline size_t barrier_offset(const uint64_t* b) { return Block::current().shared_offset(b, 8); }
 
 inline void mbarrier_init(uint64_t* b, int arrivals) {
   Block& block = Block::current();
-  block.check(block.engines.init(barrier_offset(b), arrivals, block.number()));
+  block.check(block.engines.barriers.init(barrier_offset(b), arrivals, block.number()));
 }
 
-inline void mbarrier_init_fence() { Block::current().engines.init_fence(Block::current().number()); }
+inline void mbarrier_init_fence() { Block::current().engines.barriers.init_fence(Block::current().number()); }
 
 inline void mbarrier_arrive_expect(uint64_t* b, int bytes) {
   Block& block = Block::current();
-  block.check(block.engines.arrive(barrier_offset(b), block.number(), bytes));
+  block.check(block.engines.barriers.arrive(barrier_offset(b), block.number(), bytes));
 }
 
 inline void mbarrier_arrive(uint64_t* b) { mbarrier_arrive_expect(b, 0); }
 
 inline void mbarrier_wait(uint64_t* b, unsigned parity) { Block::current().wait_phase(barrier_offset(b), parity); }
 
+inline void check_matrix(const TensorMap* map) {
+  const int64_t bytes = (map->rows - 1) * map->row_bytes + map->columns * map->element_bytes;
+  Block::current().check_range(map->data, bytes, false);
+}
+
 inline void tma_load(void* to, const TensorMap* map, int column, int row, uint64_t* b) {
   Block& block = Block::current();
-  block.check_range(map->data, (map->rows - 1) * map->row_bytes + map->columns * map->element_bytes, false);
-  block.check(block.engines.copy(block.shared_offset(to, 1), map, column, row, barrier_offset(b), block.number()));
+  check_matrix(map);
+  const size_t there = block.shared_offset(to, 1);
+  block.check(block.engines.copies.order(there, map, column, row, barrier_offset(b), block.number()));
+}
+
+// ---- a cluster ----
+
+inline int cluster_rank() { return Block::current().rank(); }
+
+inline void cluster_barrier() { Block::current().wait(emulator::State::kCluster, "cluster_barrier"); }
+
+inline void mbarrier_arrive_at(uint64_t* b, int rank) {
+  Block& block = Block::current();
+  if (rank < 0 || rank >= block.shared.blocks()) block.fail("mbarrier: of a block that the cluster does not have");
+  const size_t there = block.shared.place_in(rank, barrier_offset(b));
+  block.check(block.engines.barriers.arrive(there, block.number(), 0, rank != block.rank()));
+}
+
+inline void tma_multicast(void* to, const TensorMap* map, int column, int row, uint64_t* b, unsigned mask) {
+  Block& block = Block::current();
+  check_matrix(map);
+  const size_t there = block.shared_offset(to, 1);
+  block.check(
+      block.engines.copies.order_for_all(there, map, column, row, barrier_offset(b), block.number(), mask));
 }
 
 inline void async_proxy_fence() { Block::current().shared.order.fence(Block::current().number()); }
@@ -66,12 +96,12 @@ inline float to_float(int value) {
 
 // ---- a warpgroup ----
 
-inline void wgmma_fence() { Block::current().engines.fence(Block::current().number()); }
+inline void wgmma_fence() { Block::current().engines.products.fence(Block::current().number()); }
 
 inline void wgmma_commit() {
   int thread = Block::current().number();
   Block::current().meet_warpgroup("wgmma_commit", &thread, [](void* const* threads) -> const char* {
-    Block::current().engines.commit(*static_cast<int*>(threads[0]) / emulator::kWarpgroup);
+    Block::current().engines.products.commit(*static_cast<int*>(threads[0]) / emulator::kWarpgroup);
     return nullptr;
   });
 }
@@ -80,7 +110,7 @@ template <int kPending>
 void wgmma_wait() {
   int thread = Block::current().number();
   Block::current().meet_warpgroup("wgmma_wait", &thread, [](void* const* threads) {
-    return Block::current().engines.wait(*static_cast<int*>(threads[0]) / emulator::kWarpgroup, kPending);
+    return Block::current().engines.products.wait(*static_cast<int*>(threads[0]) / emulator::kWarpgroup, kPending);
   });
 }
 
@@ -92,7 +122,7 @@ void wgmma_finish(C (&)[kCount]) {
 inline void start_product(emulator::Product product) {
   product.thread = Block::current().number();
   Block::current().meet_warpgroup("wgmma", &product, [](void* const* threads) {
-    return Block::current().engines.start(reinterpret_cast<emulator::Product* const*>(threads));
+    return Block::current().engines.products.start(reinterpret_cast<emulator::Product* const*>(threads));
   });
 }
 

@@ -12,7 +12,7 @@ namespace emulator {
 
 struct Grid {
   int64_t x, y;
-  int threads, shared_bytes;
+  int threads, shared_bytes, cluster;
 };
 
 struct Launched {
@@ -53,7 +53,8 @@ const char* run(void (*kernel)(Params), const Params& params, const Grid& grid) 
     all.recorded.push_back({reinterpret_cast<const void*>(kernel), grid, {bytes, bytes + sizeof(Params)}});
     return nullptr;
   }
-  return Block::current().run([&] { kernel(params); }, grid.x, grid.y, grid.threads, grid.shared_bytes);
+  return Block::current().run([&] { kernel(params); }, grid.x, grid.y, grid.threads, grid.shared_bytes,
+                              grid.cluster);
 }
 
 // Called while the library is loaded.

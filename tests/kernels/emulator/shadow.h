@@ -2,8 +2,8 @@
 //
 // Every thread has a clock, and what it has heard of everybody else's: it hears when it meets others at a barrier, or
 // waits for what they have told (a vector clock). Two accesses of which one writes must be in such an order. Work that
-// runs beside the program is somebody too: the products that a warp has started, and the copies that end a phase of one
-// barrier in shared memory.
+// runs beside the program is somebody too: the products that a warp has started, and the copies that one barrier in
+// shared memory is told of. The blocks of a cluster have one clock of everybody, and each a piece of the memory.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace emulator {
 
 constexpr int kWarp = 32;
-constexpr int kMostBarriers = 64;
+constexpr int kMostBarriers = 64;  // of a cluster
 
 using Clock = std::vector<int>;  // by agent: threads, then warps' products, then barriers' copies
 
@@ -22,7 +22,7 @@ inline void join(Clock& to, const Clock& from) {
   for (size_t i = 0; i < to.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
 
-struct Stamp {  // when an agent did something; `epoch` counts the barriers that all threads pass
+struct Stamp {  // when an agent did something; `epoch` counts the barriers that all threads of a cluster pass
   int agent = -1, clock = 0, epoch = 0;
 };
 
@@ -57,6 +57,13 @@ class Order {
     ++heard[thread][thread];
   }
 
+  // So many threads, one block of several, meet at a barrier.
+  void meet(int first, int count) {
+    Clock all = nothing();
+    for (int t = first; t < first + count; ++t) tell(t, all);
+    for (int t = first; t < first + count; ++t) join(heard[t], all);
+  }
+
   // What a thread stored so far may be read by copies and products, for those who hear of it after this.
   void fence(int thread) {
     fences_[thread].push_back(now(thread));
@@ -81,12 +88,22 @@ class Shared {
   std::vector<unsigned char> bytes;
   Order order;
 
-  void reset(int size, int threads) {
-    bytes.assign(size, 0xA5);
-    written_.assign(size, {});
-    read_.assign((size + 3) / 4, {});
-    order.reset(threads);
+  // `size` bytes and `threads` threads a block; the memory of blocks lies one behind the other.
+  void reset(int blocks, int size, int threads) {
+    blocks_ = blocks, size_ = size, threads_ = threads;
+    stride_ = (size + kAlign - 1) / kAlign * kAlign;
+    bytes.assign(blocks * stride_, 0xA5);
+    written_.assign(blocks * stride_, {});
+    read_.assign(blocks * stride_ / 4, {});
+    order.reset(blocks * threads);
   }
+
+  int blocks() const { return blocks_; }
+  int block_of(size_t at) const { return static_cast<int>(at / stride_); }
+  int block_of_thread(int thread) const { return thread / threads_; }
+  size_t first_byte_of(int thread) const { return block_of_thread(thread) * stride_; }
+  size_t place_in(int block, size_t at) const { return block * stride_ + at % stride_; }
+  bool holds(size_t at, size_t count) const { return at < bytes.size() && at % stride_ + count <= size_; }
 
   const char* read(size_t at, size_t count, int thread) {
     for (size_t i = at; i < at + count; ++i) {
@@ -163,6 +180,10 @@ class Shared {
     }
   }
 
+  static constexpr size_t kAlign = 1024;  // so that the copy engine's swizzle is the same in each block
+
+  int blocks_ = 1, threads_ = 0;
+  size_t size_ = 0, stride_ = kAlign;
   std::vector<Write> written_;            // by byte
   std::vector<std::vector<Stamp>> read_;  // by word: since it was last written
 };
