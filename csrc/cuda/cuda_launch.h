@@ -31,8 +31,8 @@ const char* gemm_mxf4(const Gemm& args, const Launch& launch);
 
 // means: core/reference.py gemm_int8
 const char* gemm_int8(const GemmInt8& args, const Launch& launch);
-// The same; sm_90a only
-const char* gemm_int8_hopper(const GemmInt8& args, const Launch& launch);
+// The same on sm_90a, by blocks that each read their own operands, or by clusters that share them.
+const char* gemm_int8_hopper(const GemmInt8& args, bool in_clusters, const Launch& launch);
 
 // means: core/reference.py gemv_awq
 const char* gemv_awq(const Gemv& args, const Launch& launch);

@@ -37,7 +37,8 @@ const char* gemm_gelu(const GemmGelu& args, const Launch& launch) {
 }
 
 const char* gemm_int8(const GemmInt8& args, const Launch& launch) {
-  return is(launch, "wgmma_s8") ? cuda::gemm_int8_hopper(args, launch) : cuda::gemm_int8(args, launch);
+  if (is(launch, "wgmma_s8_x2")) return cuda::gemm_int8_hopper(args, true, launch);
+  return is(launch, "wgmma_s8") ? cuda::gemm_int8_hopper(args, false, launch) : cuda::gemm_int8(args, launch);
 }
 
 const char* gemv_awq(const Gemv& args, const Launch& launch) { return cuda::gemv_awq(args, launch); }
@@ -48,7 +49,7 @@ const char* spellings() {
   if (arch < 75) return "";
   if (arch < 80) return "mma_sm75 mma_s8 mma_f16 gemv gelu_sm75";
   if (arch < 90) return "mma_s4 mma_s8 mma_f16 gemv gelu_s4 gelu_s8";
-  if (arch == 90) return "wgmma_e4m3 wgmma_s8 mma_s8 mma_f16 gemv gelu_s8";
+  if (arch == 90) return "wgmma_e4m3 wgmma_s8_x2 wgmma_s8 mma_s8 mma_f16 gemv gelu_s8";
   return arch / 10 == 12 ? "mxf4_sm120 mma_s8 mma_f16 gemv gelu_s8" : "mma_s8 mma_f16 gemv gelu_s8";
 }
 

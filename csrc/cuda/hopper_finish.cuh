@@ -8,7 +8,7 @@
 #pragma once
 
 #include "epilogue.cuh"
-#include "hopper_tile.cuh"
+#include "hopper_grid.cuh"
 
 namespace svdquant::cuda {
 
@@ -96,8 +96,8 @@ template <class T>
 __device__ __forceinline__ void bring_sides(const TileGrid& grid, const Finish& p, const BlockMemory<T>& memory) {
   const Sides sides(p);
   unsigned parity = 0;
-  for (int tile = blockIdx.x; tile < grid.tiles(); tile += grid.blocks) {
-    const int column0 = tile_at(grid, tile).column * T::kN;
+  for (Walk<T> walk(grid); walk.goes_on(); walk.advance()) {
+    const int column0 = walk.at().column * T::kN;
     for (int turn = 0; turn < sides.turns; ++turn) {
       mbarrier_wait(memory.side_empty, parity ^ 1);
       if (turn == 0) bring_vectors(p, memory, column0);

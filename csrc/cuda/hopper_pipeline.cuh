@@ -5,7 +5,8 @@
 //     warps 4 to 11        two warpgroups that multiply, add the branch and store
 //
 // They meet at barriers in shared memory: a stage is `full` when its bytes are there, and `empty` when the eight warps
-// that multiply have read it.
+// that multiply have read it. In a cluster the bytes of a stage come from several blocks, each of which has to know
+// that the stage is empty: its own `empty` hears the warps of all to whom it sends.
 #pragma once
 
 #include "hopper_finish.cuh"
@@ -29,13 +30,27 @@ __device__ __forceinline__ void init_barriers(const BlockMemory<T>& memory) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i) {
       mbarrier_init(memory.full + i, 1);
-      mbarrier_init(memory.empty + i, 4 * kGroups);
+      mbarrier_init(memory.empty + i, 4 * kGroups * T::Cluster::kPartners);
     }
     mbarrier_init(memory.side_full, kSideThreads);
     mbarrier_init(memory.side_empty, 4 * kGroups);
     mbarrier_init_fence();
   }
-  barrier();
+  meet<typename T::Cluster>();
+}
+
+// One step's copies of both operands to a stage: all of a tile's rows, or this block's part of them for all who share
+// them.
+template <class T>
+__device__ __forceinline__ void load_operands(const TensorMap* acts, const TensorMap* weights, const TileAt& tile,
+                                              int step, char* stage, uint64_t* full) {
+  using C = typename T::Cluster;
+  const C cluster;
+  const int act = cluster.column() * T::kActRows, weight = cluster.row() * T::kWeightRows;
+  bring<C::kAcross>(stage + act * kStepBytes, acts, step * kStepBytes, tile.row * kTileRows + act, full,
+                    cluster.of_row());
+  bring<C::kDown>(stage + T::kActsBytes + weight * kStepBytes, weights, step * kStepBytes, tile.column * T::kN + weight,
+                  full, cluster.of_column());
 }
 
 // One thread: order all steps of all tiles. `load` orders one step's copies to a stage.
@@ -43,8 +58,8 @@ template <class T, class Load>
 __device__ __forceinline__ void produce(const TileGrid& grid, int steps, const BlockMemory<T>& memory,
                                         const Load& load) {
   StageAt<T> at;
-  for (int tile = blockIdx.x; tile < grid.tiles(); tile += grid.blocks) {
-    const TileAt place = tile_at(grid, tile);
+  for (Walk<T> walk(grid); walk.goes_on(); walk.advance()) {
+    const TileAt place = walk.at();
     for (int step = 0; step < steps; ++step) {
       mbarrier_wait(memory.empty + at.stage, at.parity ^ 1);
       mbarrier_arrive_expect(memory.full + at.stage, T::kStageBytes);
@@ -83,8 +98,8 @@ __device__ __forceinline__ void run_block(const TileGrid& grid, int steps, const
     registers_up<kConsumerRegisters>();
     StageAt<T> at;
     unsigned side_parity = 0;
-    for (int tile = blockIdx.x; tile < grid.tiles(); tile += grid.blocks) {
-      const FinishTile<T> end(finish, memory, tile_at(grid, tile));
+    for (Walk<T> walk(grid); walk.goes_on(); walk.advance()) {
+      const FinishTile<T> end(finish, memory, walk.at());
       HiddenPiece hidden;
       if (T::kRegistersToSpare) hidden = end.load_hidden(0);  // long before it is needed
       float sums[T::kSums];
@@ -93,6 +108,7 @@ __device__ __forceinline__ void run_block(const TileGrid& grid, int steps, const
       end.run(hidden, side_parity, sums);
     }
   }
+  if constexpr (T::Cluster::kBlocks > 1) cluster_barrier();  // others may still arrive at this block's barriers
 }
 
 }  // namespace svdquant::cuda

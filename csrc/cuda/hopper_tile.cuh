@@ -1,5 +1,4 @@
-// How a product is divided on Hopper: tiles of the output, the order they are taken in, and what lies where in a
-// block's shared memory. Pure functions of sizes.
+// A tile of a product on Hopper: who has which part of it, and what lies where in a block's shared memory.
 //
 //     block 128 x N    warpgroup 64 x N    warp 16 x N         N = 256, 192, 128 or 96
 //     +-----------+
@@ -11,7 +10,7 @@
 // One block an SM takes tile after tile, so that one tile's first copies run while another's last numbers are stored.
 #pragma once
 
-#include "hopper_ptx.cuh"
+#include "hopper_cluster.cuh"
 #include "sizes.cuh"
 
 namespace svdquant::cuda {
@@ -27,11 +26,14 @@ constexpr int kStoreRows = 8, kStoreRowBytes = 128 + 16;  // what a warp stores 
 constexpr int kSharedLimit = 227 * 1024, kSwizzleBytes = 1024;
 
 // kScaleBytes: scales that come with a step's codes, of acts and as many of weights.
-template <int kColumns, int kScaleBytes = 0>
+template <int kColumns, class C = Alone, int kScaleBytes = 0>
 struct HopperTile {
+  using Cluster = C;
   static constexpr int kN = kColumns;
   static constexpr int kSums = kN / 2;  // of a thread
   static constexpr bool kRegistersToSpare = kScaleBytes == 0;  // with scales go sums of single groups
+  static constexpr int kActRows = kTileRows / C::kAcross, kWeightRows = kN / C::kDown;  // that a block brings
+  static_assert(kActRows % 8 == 0 && kWeightRows % 8 == 0, "swizzled rows come in eights");
   static constexpr int kActsBytes = kTileRows * kStepBytes, kWeightsBytes = kN * kStepBytes;
   static constexpr int kStageBytes = kActsBytes + kWeightsBytes + 2 * kScaleBytes;
   static constexpr int kUpBytes = kN * kRanksAtOnce * 2;
@@ -68,44 +70,5 @@ struct BlockMemory {
     side_empty = side_full + 1;
   }
 };
-
-// ---- which tile ----
-
-constexpr int kTileColumns[] = {256, 192, 128, 96};
-
-// Columns of the tile that takes the least time: rounds of all SMs, times what a tile costs. The cost of a tile is its
-// columns and some 32 more: narrow ones read more operands for each product and stop more often.
-constexpr int choose_tile_columns(int64_t m, int64_t n, int64_t sms) {
-  int best = 0;
-  int64_t least = 0;
-  for (const int columns : kTileColumns) {
-    const int64_t tiles = ceil_div(m, kTileRows) * ceil_div(n, columns);
-    const int64_t cost = ceil_div(tiles, sms) * (columns + 32);
-    if (!best || cost < least) best = columns, least = cost;
-  }
-  return best;
-}
-
-// ---- in which order ----
-
-struct TileGrid {
-  int row_tiles, column_tiles, blocks;
-  __host__ __device__ constexpr int tiles() const { return row_tiles * column_tiles; }
-};
-
-struct TileAt {
-  int row, column;  // counted in tiles
-};
-
-// Sixteen tiles down before one to the right: the tiles that some 130 SMs hold at a time are then about as high as
-// wide, and share most of what they read in the second-level cache.
-constexpr int kTilesDown = 16;
-
-__host__ __device__ constexpr TileAt tile_at(const TileGrid& grid, int tile) {
-  const int band = tile / (kTilesDown * grid.column_tiles), first = band * kTilesDown;
-  const int down = grid.row_tiles - first < kTilesDown ? grid.row_tiles - first : kTilesDown;
-  const int within = tile - first * grid.column_tiles;
-  return {first + within % down, within / down};
-}
 
 }  // namespace svdquant::cuda

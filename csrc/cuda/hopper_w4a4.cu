@@ -17,7 +17,7 @@
 namespace svdquant::cuda {
 
 constexpr int kGroupBytes = 64, kGroupsOfStep = kStepBytes / kGroupBytes;
-using W4A4Tile = HopperTile<128, kGroupsOfStep * kTileRows * 4>;
+using W4A4Tile = HopperTile<128, Alone, kGroupsOfStep * kTileRows * 4>;
 
 struct W4A4Params {
   TensorMap codes, weights, scales, weight_scales;
@@ -84,8 +84,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) w4a4_kernel(
 #if SVDQUANT_HOPPER
   const auto load = [&](const TileAt& tile, int step, char* stage, uint64_t* full) {
     char* scales = stage + T::kActsBytes + T::kWeightsBytes;
-    tma_load(stage, &p.codes, step * kStepBytes, tile.row * kTileRows, full);
-    tma_load(stage + T::kActsBytes, &p.weights, step * kStepBytes, tile.column * T::kN, full);
+    load_operands<T>(&p.codes, &p.weights, tile, step, stage, full);
     tma_load(scales, &p.scales, tile.row * kTileRows, step * kGroupsOfStep, full);
     tma_load(scales + kGroupsOfStep * kTileRows * 4, &p.weight_scales, tile.column * T::kN, step * kGroupsOfStep, full);
   };
@@ -140,8 +139,7 @@ const char* gemm_int4_hopper(const Gemm& args, const Launch& launch) {
   if (!scratch || !is_aligned(scratch, 16)) return "no scratch memory";
   expanded.place(scratch);
   W4A4Params p = {};
-  p.grid = {static_cast<int>(ceil_div(args.m, kTileRows)), static_cast<int>(ceil_div(args.n, W4A4Tile::kN)), sms};
-  if (p.grid.tiles() < sms) p.grid.blocks = p.grid.tiles();
+  p.grid = divide(args.m, args.n, {W4A4Tile::kN}, sms);
   p.steps = static_cast<int>(ceil_div(args.k, kStepBytes));
   p.finish = {static_cast<int>(args.m), static_cast<int>(args.n), static_cast<int>(args.r), nullptr, nullptr,
               args.hidden, args.up, args.bias, args.addend, args.out};
@@ -150,7 +148,7 @@ const char* gemm_int4_hopper(const Gemm& args, const Launch& launch) {
   if (!problem) problem = encode_expanded(expanded.acts, p.codes, p.scales);
   if (!problem) problem = encode_expanded(expanded.weights, p.weights, p.weight_scales);
   if (problem) return problem;
-  return run(w4a4_kernel<W4A4Tile>, {p.grid.blocks, 1, kBlockThreads, W4A4Tile::kSharedBytes}, launch, p);
+  return run(w4a4_kernel<W4A4Tile>, {p.grid.workers, 1, kBlockThreads, W4A4Tile::kSharedBytes}, launch, p);
 }
 
 }  // namespace svdquant::cuda

@@ -24,7 +24,7 @@ template <class T>
 __device__ __forceinline__ void multiply_s8(int steps, StageAt<T>& at, const BlockMemory<T>& memory, int group,
                                             int (&sums)[T::kSums]) {
   const Operands<T> first(memory, group);
-  const bool speaker = threadIdx.x % 32 == 0;
+  const Partner<typename T::Cluster> partner;
   int previous = 0;
   for (int step = 0; step < steps; ++step) {
     mbarrier_wait(memory.full + at.stage, at.parity);
@@ -36,21 +36,20 @@ __device__ __forceinline__ void multiply_s8(int steps, StageAt<T>& at, const Blo
     }
     wgmma_commit();
     wgmma_wait<1>();
-    if (step && speaker) mbarrier_arrive(memory.empty + previous);
+    if (step) partner.tell(memory.empty + previous);
     previous = at.stage;
     at.advance();
   }
   wgmma_finish(sums);
-  if (speaker) mbarrier_arrive(memory.empty + previous);
+  partner.tell(memory.empty + previous);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, 1) w8a8_kernel(
+__global__ void SVDQUANT_CLUSTER(T::Cluster::kBlocks) __launch_bounds__(kBlockThreads, 1) w8a8_kernel(
     [[maybe_unused]] const __grid_constant__ W8A8Params p) {
 #if SVDQUANT_HOPPER
   const auto load = [&](const TileAt& tile, int step, char* stage, uint64_t* full) {
-    tma_load(stage, &p.codes, step * kStepBytes, tile.row * kTileRows, full);
-    tma_load(stage + T::kActsBytes, &p.weights, step * kStepBytes, tile.column * T::kN, full);
+    load_operands<T>(&p.codes, &p.weights, tile, step, stage, full);
   };
   const auto multiply = [&](StageAt<T>& at, const BlockMemory<T>& memory, const FinishTile<T>& end,
                             float(&sums)[T::kSums]) {
@@ -63,22 +62,36 @@ __global__ void __launch_bounds__(kBlockThreads, 1) w8a8_kernel(
 #endif
 }
 
-template <int kColumns>
-const char* run_w8a8(const GemmInt8& args, int sms, const Launch& launch) {
-  using T = HopperTile<kColumns>;
+template <int kColumns, class C>
+const char* run_w8a8(const GemmInt8& args, const TileShape& shape, int sms, const Launch& launch) {
+  using T = HopperTile<kColumns, C>;
   W8A8Params p = {};
-  p.grid = {static_cast<int>(ceil_div(args.m, kTileRows)), static_cast<int>(ceil_div(args.n, T::kN)), sms};
-  if (p.grid.tiles() < sms) p.grid.blocks = static_cast<int>(p.grid.tiles());
+  Grid grid = {0, 1, kBlockThreads, T::kSharedBytes, C::kBlocks};
+  p.grid = divide(args.m, args.n, shape, clusters_at_once(w8a8_kernel<T>, grid, sms));
+  grid.x = p.grid.workers * C::kBlocks;
   p.steps = static_cast<int>(ceil_div(args.k, kStepBytes));
   p.finish = {static_cast<int>(args.m), static_cast<int>(args.n), static_cast<int>(args.r), args.scales,
               args.weight_scales, args.hidden, args.up, args.bias, args.addend, args.out};
-  const char* problem = encode_map({args.codes, args.m, args.k, args.k, kTileRows, kStepBytes, 1}, p.codes);
-  if (!problem) problem = encode_map({args.weight_codes, args.n, args.k, args.k, T::kN, kStepBytes, 1}, p.weights);
-  if (problem) return problem;
-  return run(w8a8_kernel<T>, {p.grid.blocks, 1, kBlockThreads, T::kSharedBytes}, launch, p);
+  const char* problem = encode_map({args.codes, args.m, args.k, args.k, T::kActRows, kStepBytes, 1}, p.codes);
+  if (!problem) {
+    problem = encode_map({args.weight_codes, args.n, args.k, args.k, T::kWeightRows, kStepBytes, 1}, p.weights);
+  }
+  return problem ? problem : run(w8a8_kernel<T>, grid, launch, p);
 }
 
-const char* gemm_int8_hopper(const GemmInt8& args, const Launch& launch) {
+using Pair = Cluster<2, 1>;
+
+template <class C>
+const char* run_w8a8_columns(const GemmInt8& args, const TileShape& shape, int sms, const Launch& launch) {
+  switch (shape.columns) {
+    case 256: return run_w8a8<256, C>(args, shape, sms, launch);
+    case 192: return run_w8a8<192, C>(args, shape, sms, launch);
+    case 128: return run_w8a8<128, C>(args, shape, sms, launch);
+    default: return run_w8a8<96, C>(args, shape, sms, launch);
+  }
+}
+
+const char* gemm_int8_hopper(const GemmInt8& args, bool in_clusters, const Launch& launch) {
   if (device_arch() != 90) return "this card has no products of warpgroups";
   if (args.m == 0 || args.n == 0) return nullptr;
   if (args.k % 16) return "rows of codes must be a multiple of 16 bytes";
@@ -86,12 +99,9 @@ const char* gemm_int8_hopper(const GemmInt8& args, const Launch& launch) {
     return "codes must begin at a multiple of 16 bytes";
   }
   const int sms = multiprocessors();
-  switch (choose_tile_columns(args.m, args.n, sms)) {
-    case 256: return run_w8a8<256>(args, sms, launch);
-    case 192: return run_w8a8<192>(args, sms, launch);
-    case 128: return run_w8a8<128>(args, sms, launch);
-    default: return run_w8a8<96>(args, sms, launch);
-  }
+  const TileShape shape = choose_w8a8_tile(args.m, args.n, sms, in_clusters);
+  return shape.down == 2 ? run_w8a8_columns<Pair>(args, shape, sms, launch)
+                         : run_w8a8_columns<Alone>(args, shape, sms, launch);
 }
 
 }  // namespace svdquant::cuda

@@ -148,6 +148,7 @@ SPELLINGS = (
         "portable", "cpu", LAYER_OPS, _feature("portable"), on_request="slower than torch for a whole picture"
     ),
     Spelling("wgmma_e4m3", "cuda", INT4_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),
+    Spelling("wgmma_s8_x2", "cuda", INT8_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),
     Spelling("wgmma_s8", "cuda", INT8_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),
     Spelling("mxf4_sm120", "cuda", NVFP4_OPS, _capability((12, 0), NEWEST_GPU, "mxf4nvf4 mma")),
     Spelling(TORCH_SCALED, "cuda", NVFP4_OPS, _block_scaled, library=False, yields=("quantize_nvfp4",)),

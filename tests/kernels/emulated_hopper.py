@@ -16,10 +16,14 @@ ARCH = 90
 
 @dataclass(frozen=True)
 class Hopper(Kernels):
-    """The kernels of a card with so many SMs: few blocks take many tiles each, many one."""
+    """The kernels of a card with so many SMs: few blocks take many tiles each, many one.
+
+    clusters  whether blocks share operands, where that is quicker
+    """
 
     arch: int = ARCH
     sms: int = 4
+    clusters: bool = False
 
     def gemm_int4(
         self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object
@@ -34,4 +38,9 @@ class Hopper(Kernels):
     ) -> Tensor:
         """As core.reference.gemm_int8."""
         library(self.arch).set_multiprocessors(self.sms)
-        return super().gemm_int8(codes, scales, hidden, weights, entry="gemm_int8_hopper", **to)
+        return super().gemm_int8(
+            codes, scales, hidden, weights, entry=self._entry("gemm_int8_hopper", 2), **to
+        )
+
+    def _entry(self, name: str, blocks: int) -> str:
+        return f"{name}_x{blocks}" if self.clusters else name

@@ -138,13 +138,35 @@ def test_every_source_is_in_the_table():
 
 @pytest.mark.parametrize("source", [name for name in INSTRUCTIONS if name.startswith("hopper")])
 def test_hopper_is_used(source):
-    """The copy engine, registers shared out between warps, and products that the compiler does not wait for."""
+    """The copy engine, to one block and to several; registers shared out between warps; arrivals at other blocks'
+    barriers; and products that the compiler does not wait for."""
     made = compiled(source, *HOPPER)
     assert not re.search(
         r"\(C75\d\d\)", made.ptxas
     )  # its words on serialized products and ignored setmaxnreg
     if made.sass is None:
         pytest.skip("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
-    assert {"UTMALDG.2D", "USETMAXREG.TRY_ALLOC.CTAPOOL", "USETMAXREG.DEALLOC.CTAPOOL"} <= set(
-        made.sass.split()
-    )
+    there = set(made.sass.split())
+    assert {"UTMALDG.2D", "USETMAXREG.TRY_ALLOC.CTAPOOL", "USETMAXREG.DEALLOC.CTAPOOL"} <= there
+    if kernels_in_clusters(made.sass):
+        assert {
+            "UTMALDG.2D.MULTICAST",
+            "SYNCS.ARRIVE.TRANS64.RED.A1T0",
+            "UCGABAR_ARV",
+            "UCGABAR_WAIT",
+        } <= there
+
+
+@pytest.mark.parametrize("source", [name for name in INSTRUCTIONS if name.startswith("hopper")])
+def test_no_thread_waits_for_the_memory_of_the_card(source):
+    """But when blocks of a cluster meet, before the first tile and after the last: not once a step."""
+    sass = compiled(source, *HOPPER).sass
+    if sass is None:
+        pytest.skip("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
+    assert sass.count("MEMBAR.ALL.GPU") == sass.count("UCGABAR_ARV") == 2 * kernels_in_clusters(sass)
+
+
+def kernels_in_clusters(sass: str) -> int:
+    """Kernels of which several blocks are a cluster, by what the driver is told of each."""
+    sizes = re.findall(r"EIATTR_CTA_PER_CLUSTER.*?\.word\s+(0x[0-9a-f]+)", sass, re.DOTALL)
+    return sum(int(size, 16) > 1 for size in sizes)

@@ -23,6 +23,7 @@ SPELLINGS = {  # of which card, which layers
     "mxf4_sm120": (120, ["nvfp4"]),
     "wgmma_e4m3": (90, ["int4", "int4-unsigned"]),
     "wgmma_s8": (90, ["int8-of-int4"]),
+    "wgmma_s8_x2": (90, ["int8-of-int4"]),
     "gemv": (80, ["awq"]),
 }
 CASES = [(spelling, arch, name) for spelling, (arch, names) in SPELLINGS.items() for name in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from svdquant_nodes.svdquant.core import linear, reference
 from svdquant_nodes.svdquant.core.weights import INT8, LinearWeights
 from svdquant_nodes.tests import layers
-from svdquant_nodes.tests.kernels.emulated import COMPILER, EmulatedOps, KernelError, library
+from svdquant_nodes.tests.kernels.emulated import COMPILER, EmulatedOps, KernelError
 from svdquant_nodes.tests.kernels.emulated_hopper import ARCH, Hopper
 from svdquant_nodes.tests.tolerances import assert_close
 
@@ -21,6 +20,7 @@ SHAPES = {  # M, N, K, R
     "m=1-one-token": (1, 96, 128, 16),
     "m=17-tail": (17, 72, 208, 48),
     "m=130-two-rows-of-tiles": (130, 128, 128, 32),
+    "m=260-three-rows-of-tiles": (260, 40, 144, 16),
     "n=1-one-output": (3, 1, 64, 16),
     "n=67-odd": (5, 67, 128, 32),
     "n=130-tile-192": (9, 130, 144, 32),
@@ -33,6 +33,7 @@ SHAPES = {  # M, N, K, R
     "r=128-four-turns": (20, 64, 128, 128),
     "m=0-empty": (0, 64, 64, 16),
 }
+CLUSTERS = pytest.mark.parametrize("clusters", [False, True], ids=["alone", "pairs"])
 DTYPE_NAMES = {torch.float32: "split_branch", torch.bfloat16: "bf16_output", torch.float16: "fp16_output"}
 
 
@@ -48,28 +49,31 @@ def inputs(m, n, k, r, dtype=torch.bfloat16):
     return codes, scales, layers.random(m, r, seed=6), weights
 
 
+@CLUSTERS
 @pytest.mark.parametrize("backwards", [False, True], ids=["in-order", "backwards"])
 @pytest.mark.parametrize(("m", "n", "k", "r"), SHAPES.values(), ids=SHAPES)
-def test_gemm_int8(backwards, m, n, k, r):
+def test_gemm_int8(clusters, backwards, m, n, k, r):
     args = inputs(m, n, k, r)
-    got = Hopper(backwards=backwards, sms=1).gemm_int8(*args)
+    got = Hopper(backwards=backwards, sms=1, clusters=clusters).gemm_int8(*args)
     assert_close(got, reference.gemm_int8(*args), "split_branch")
 
 
+@CLUSTERS
 @pytest.mark.parametrize("sms", [1, 3, 132], ids="sms={}".format)
-def test_blocks_take_tiles_in_turn(sms):
+def test_blocks_take_tiles_in_turn(clusters, sms):
     args = inputs(260, 300, 272, 40)
-    got = Hopper(sms=sms).gemm_int8(*args)
+    got = Hopper(sms=sms, clusters=clusters).gemm_int8(*args)
     assert_close(got, reference.gemm_int8(*args), "split_branch")
 
 
+@CLUSTERS
 @pytest.mark.parametrize("n", [90, 120, 180, 250], ids=["tile-96", "tile-128", "tile-192", "tile-256"])
-def test_sums_to_the_bit(n):
+def test_sums_to_the_bit(clusters, n):
     """Scales of 1 and no branch: the output is the sum of integers, with the largest that K = 1024 allows."""
     codes, _, _, weights = inputs(130, n, 1024, 0)
     codes[3], weights.codes[5], weights.codes[6] = 127, 127, -127
     weights = replace(weights, scales=torch.ones(n, 1), bias=None)
-    got = Hopper(sms=1).gemm_int8(codes, torch.ones(130, 1), torch.zeros(130, 0), weights)
+    got = Hopper(sms=1, clusters=clusters).gemm_int8(codes, torch.ones(130, 1), torch.zeros(130, 0), weights)
     assert torch.equal(got, (codes.long() @ weights.codes.long().T).float())
 
 
@@ -98,14 +102,15 @@ def test_up_of_which_rows_lie_apart():
     assert_close(Hopper().gemm_int8(*args), reference.gemm_int8(*args), "split_branch")
 
 
+@pytest.mark.parametrize("spelling", ["wgmma_s8", "wgmma_s8_x2"])
 @pytest.mark.parametrize("name", ["int8-of-int4", "int8-of-int4-unsigned"])
-def test_layer(name):
+def test_layer(name, spelling):
     """Through the entry points, with the quantizer that every card has."""
     weights = layers.random_linear(name, 72, 192, 24)
     x = layers.random(19, 192, seed=8, dtype=torch.bfloat16)
     if name == "int8-of-int4-unsigned":
         x = torch.nn.functional.gelu(x.float(), approximate="tanh").bfloat16()
-    got = linear.linear(x, weights, EmulatedOps(ARCH, "wgmma_s8"))
+    got = linear.linear(x, weights, EmulatedOps(ARCH, spelling))
     assert_close(got, linear.linear(x, weights, reference), "split_branch")
 
 
@@ -114,39 +119,3 @@ def test_refusals():
     shifted = torch.zeros(1 + codes.numel(), dtype=torch.int8)[1:].view(2, 64)
     with pytest.raises(KernelError, match="multiple of 16 bytes"):
         Hopper().gemm_int8(shifted, scales, hidden, weights)
-
-
-# ---- how the work is divided ----
-
-TILES = {  # M, N, columns of the tile on 132 SMs
-    "image-tokens-wide": (4608, 12288, 256),
-    "image-tokens-square": (4608, 3072, 192),
-    "text-tokens": (512, 3072, 96),
-    "one-token": (1, 3072, 96),
-    "sdxl": (8192, 5120, 256),
-}
-
-
-@pytest.mark.parametrize(("m", "n", "columns"), TILES.values(), ids=TILES)
-def test_choice_of_tile(m, n, columns):
-    assert library(ARCH).choose_tile_columns(*map(ctypes.c_int64, (m, n, 132))) == columns
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (36, 48), (17, 3), (5, 40)], ids="{}".format)
-def test_every_tile_is_taken_once(rows, columns):
-    row, column = ctypes.c_int(), ctypes.c_int()
-    taken = []
-    for tile in range(rows * columns):
-        library(ARCH).tile_at(rows, columns, tile, ctypes.byref(row), ctypes.byref(column))
-        taken.append((row.value, column.value))
-    assert sorted(taken) == [(r, c) for r in range(rows) for c in range(columns)]
-
-
-def test_tiles_of_a_wave_are_near_each_other():
-    """132 tiles of a large output touch few rows and columns, whose operands the cache then holds."""
-    row, column = ctypes.c_int(), ctypes.c_int()
-    places = []
-    for tile in range(132, 264):
-        library(ARCH).tile_at(36, 48, tile, ctypes.byref(row), ctypes.byref(column))
-        places.append((row.value, column.value))
-    assert len({r for r, _ in places}) + len({c for _, c in places}) <= 26

@@ -13,6 +13,7 @@ NO_COMPILER = Device("cpu", missing="no C++ compiler named g++ was found")
 TURING, AMPERE, ADA, H100, BLACKWELL = (
     Device("cuda", capability=capability) for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0))
 )
+WITHOUT_CLUSTERS = Device("cuda", capability=(9, 0), distrusted=frozenset({"wgmma_s8_x2"}))
 UNPROVEN = Device("cuda", capability=(9, 0), distrusted=frozenset({"wgmma_e4m3"}))
 RTX50 = Device("cuda", features=frozenset({"block_scaled"}), capability=(12, 0))
 B200 = Device("cuda", features=frozenset({"block_scaled"}), capability=(10, 0))
@@ -78,7 +79,8 @@ CHOICES = {  # device, request, spelling
     "fp32-on-a-gpu": (ADA, Request("quantize_int4", "float32"), "mma_s4"),
     "int8-on-turing": (TURING, INT8, "mma_s8"),
     "int8-on-ampere": (AMPERE, INT8, "mma_s8"),
-    "int8-on-hopper": (H100, INT8, "wgmma_s8"),
+    "int8-on-hopper": (H100, INT8, "wgmma_s8_x2"),
+    "int8-on-hopper-where-clusters-failed": (WITHOUT_CLUSTERS, INT8, "wgmma_s8"),
     "int8-on-hopper-by-mma": (H100, Request("gemm_int8", "bfloat16", wanted="mma_s8"), "mma_s8"),
     "int8-on-a-cpu": (X86, INT8, "avx512"),
     "int8-on-arm": (ARM, Request("quantize_int8", "bfloat16"), "neon"),
