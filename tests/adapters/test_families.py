@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from svdquant_nodes.svdquant.adapters import families
-from svdquant_nodes.svdquant.adapters.conventions import straighten, unsign
+from svdquant_nodes.svdquant.adapters.conventions import holds_shift, straighten, to_engine, unsign
 from svdquant_nodes.svdquant.adapters.families import flux, native, t5
-from svdquant_nodes.svdquant.adapters.family import Names, Role, Source, apply_role, assemble
+from svdquant_nodes.svdquant.adapters.family import Names, Role, Source, apply_role, assemble, take_share
 from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.svdquant.core.weights import GELU_SHIFT
 from svdquant_nodes.tests.layers import random_linear
 from svdquant_nodes.tests.loaders.made import t5_xxl_shapes
+from svdquant_nodes.tests.tolerances import assert_close
 
 DOUBLE = [f"norm1{c}.linear" for c in ("", "_context")]
 DOUBLE += [f"{name}{c}" for name in ("qkv_proj", "out_proj") for c in ("", "_context")]
@@ -160,6 +161,43 @@ def test_a_bias_shows_whether_a_shift_was_taken_out(bias):
     assert not apply_role(signed, role).spec.act_shift
     shifted = replace(unsign(signed), spec=signed.spec)  # as a file has it
     assert apply_role(shifted, role).spec.act_shift == GELU_SHIFT
+
+
+def test_rows_that_sum_to_much_alike_hide_no_shift():
+    """What all rows have in common says nothing, in the sums as in the bias."""
+    weights = random_linear("int4", 256, 1024, seed=9)
+    weights = replace(weights, codes=weights.codes & 0x77, scales=weights.scales.abs())  # codes 0..7
+    sums = reference.residual(weights).sum(-1)
+    assert sums.mean() > 3 * sums.std()
+    like_a_shift = (-GELU_SHIFT * sums.mean()).expand(256).to(weights.smooth.dtype)
+    assert not holds_shift(replace(weights, bias=like_a_shift))
+    assert holds_shift(unsign(replace(weights, bias=like_a_shift)))
+
+
+def test_the_engines_convention_is_for_its_own_places():
+    modulation = random_linear("awq", 24, 64, seed=1, dtype=torch.float32)
+    linear = random_linear("int4", 64, 64, seed=2)
+    assert to_engine(modulation, 0, 0.0) is modulation and to_engine(linear, 6, 0.0) is linear
+    assert to_engine(linear, 0, GELU_SHIFT).spec.act_shift == GELU_SHIFT
+    there_and_back = straighten(to_engine(modulation, 6, 0.0), 6)
+    assert torch.equal(there_and_back.codes, modulation.codes)
+    assert_close(there_and_back.bias, modulation.bias, "fp32_sum")
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_share_is_its_rows(which):
+    weights = random_linear("int4", 96, 64, seed=1)
+    mine = reference.dequantize(weights)[32 * which : 32 * (which + 1)]
+    assert torch.equal(reference.dequantize(take_share(weights, (which, 3))), mine)
+
+
+@pytest.mark.parametrize("true", [dict(out_features=200), dict(in_features=64)], ids=str)
+def test_a_role_may_crop_one_side_alone(true):
+    cropped = apply_role(random_linear("int4", 256, 128, seed=2), Role(**true))
+    assert (cropped.out_features, cropped.in_features) == (
+        true.get("out_features", 256),
+        true.get("in_features", 128),
+    )
 
 
 def test_role_crops_and_marks_int4_only():

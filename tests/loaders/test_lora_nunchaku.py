@@ -85,6 +85,14 @@ def test_another_base_is_recognised():
     assert lora_nunchaku.extract(stored(name), (torch.cat([d0] * 3), torch.cat([u0] * 3, 1))) is None
 
 
+@pytest.mark.parametrize(
+    ("down", "up"), [((128, 24), (128, 24)), ((120, 16), (128, 16)), ((128, 32), (128, 16))]
+)
+def test_a_pair_that_is_in_no_tiles_was_made_on_no_base(down, up):
+    pair = torch.ones(down), torch.ones(up)
+    assert lora_nunchaku.extract(pair, (torch.ones(16, 128), torch.ones(128, 16))) is None
+
+
 def test_packing_is_that_of_a_branch():
     down, up = tiles.untile_down(stored(f"{D}.out_proj")[0]), tiles.untile_up(stored(f"{D}.out_proj")[1])
     d0, u0 = base(f"{D}.out_proj")
@@ -104,8 +112,16 @@ def test_detected_by_names_without_weight():
             {"a.lora_down": torch.ones(16, 16), "a.lora_up": torch.ones(16, 32)},
             "expected two factors of one rank",
         ),
+        (
+            {"a.lora_down": torch.ones(16, 16), "a.lora_up": torch.ones(16, 16, 1)},
+            "expected two factors of one rank",
+        ),
+        (
+            {"a.lora_down": torch.ones(16, 16, 1), "a.lora_up": torch.ones(16, 16)},
+            "expected two factors of one rank",
+        ),
     ],
-    ids=["half", "ranks"],
+    ids=["half", "ranks", "axes-of-up", "axes-of-down"],
 )
 def test_damaged_pairs_are_refused(tensors, message):
     with pytest.raises(ValueError, match=message):
