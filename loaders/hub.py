@@ -42,6 +42,9 @@ _CHUNK = 1 << 22
 class Unreachable(ValueError):
     """The hub did not answer: offline mode, no network, or a connection that broke for good."""
 
+    # ComfyUI shows a type with its module, which for a pack is a path.
+    __module__ = "builtins"
+
 
 def fetch(source: str, folder: str | Path, *, progress: Progress | None = None, verify: bool = False) -> Path:
     """Bring a published checkpoint into a folder, once; a download that was cut goes on where it stopped.

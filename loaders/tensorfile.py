@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,10 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
         raise ValueError(f"{path.name}: expected a safetensors file, got {found} at {path}. Check the path.")
+    if not os.access(path, os.R_OK):
+        raise ValueError(
+            f"{path.name}: expected a file that may be read, got permission denied at {path}. Change its permissions."
+        )
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(64)

@@ -31,6 +31,9 @@ METADATA_BYTES = 2048  # what an encoder may add to the metadata
 class DiskFull(ValueError):
     """No space left on the device; the sentence names the file."""
 
+    # ComfyUI shows a type with its module, which for a pack is a path.
+    __module__ = "builtins"
+
 
 Encode = Callable[[LinearWeights], Mapping[str, Tensor]]
 Progress = Callable[[str, int, int], None]
@@ -59,7 +62,12 @@ class TensorWriter:
             raise ValueError(f"{self._path.name}: expected a folder {folder}, got none. Make it first.")
         if self._path.is_dir():
             raise ValueError(f"{self._path}: expected a file name, got a folder. Add the file's name.")
-        self._stream = self._part.open("wb")
+        try:
+            self._stream = self._part.open("wb")
+        except PermissionError:
+            raise ValueError(
+                f"{self._path.name}: cannot be written in {folder}, permission denied. Name a folder you may write to."
+            ) from None
         self._stream.seek(8 + self._room)
         return self
 

@@ -382,4 +382,4 @@ def test_command_says_a_wrong_name_first(tmp_path):
     code, _, err = command("a/b.ckpt", COMFYUI_PATH=str(tmp_path))
     assert code != 0 and "a/b.ckpt: expected a published name" in err
     code, _, err = command(FILE, COMFYUI_PATH=str(tmp_path))
-    assert code != 0 and f"{tmp_path}: has no models folder. Name one with --folder" in err
+    assert code != 0 and f"expected a ComfyUI with a models folder, got none at {tmp_path}" in err

@@ -71,6 +71,39 @@ def test_python_without_torch_and_no_environment_says_what_to_do(tmp_path):
     assert done.stderr.startswith("error: torch and einops are not installed here. Use the Python")
 
 
+DEMO_BF16 = ROOT / "demo" / "diffusion_models" / "svdquant-demo-bf16.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("rest", "reason"),
+    [
+        (["a"], "a: expected the name of a file ending in .safetensors"),
+        (["."], ".: expected the name of a file ending in .safetensors"),
+        (["a.safetensors", "--device", "tpu"], "--device tpu: expected a device that torch has here"),
+        (["a.safetensors", "--device", "meta:9x"], "--device meta:9x: expected a device"),
+        (
+            ["a.safetensors", "--layer", "mlp_fc2=plain"],
+            "mlp_fc2: expected a pattern that matches some of the 20",
+        ),
+    ],
+    ids=["no-ending", "a-folder", "no-such-device", "no-device-at-all", "pattern-of-nothing"],
+)
+def test_quantize_refuses_in_one_sentence_before_it_works(tmp_path, rest, reason):
+    done = shell("quantize", DEMO_BF16, *rest, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {reason}") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["convert", "--to", "natural"], ["bake-lora", "lora.safetensors"]])
+def test_a_name_that_comfyui_would_not_list_is_refused(tmp_path, command):
+    name, *rest = command
+    middle, flags = ([], rest) if rest[0].startswith("--") else (rest, [])
+    done = shell(name, MINI, *middle, tmp_path / "a", *flags)
+    assert done.returncode == 2 and "ending in .safetensors" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wrong_usage_is_exit_code_2():
     assert shell("convert", MINI, "b.safetensors", "--to", "gguf").returncode == 2
     assert shell("quantise").returncode == 2

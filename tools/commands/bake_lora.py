@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from ...svdquant.adapters.baking.bake import LIMIT, bake
+from .target import check_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
+    check_name(args.target)
     baked = bake(
         args.base, [parse(lora) for lora in args.loras], args.target, limit=args.error, progress=show
     )

@@ -26,7 +26,7 @@ def draw(
 
     Raises ValueError where the host cannot be started or the workflow fails.
     """
-    prompt = json.loads(workflow.read_text(encoding="utf-8")) if workflow else demo_prompt()
+    prompt = client.read_prompt(workflow) if workflow else demo_prompt()
     prompt = with_files(prompt, source.name, made.name)
     progress = steps.Steps()
     try:

@@ -11,6 +11,7 @@ from ...loaders.checkpoint import Checkpoint
 from ...loaders.detect import open_checkpoint
 from ...svdquant.adapters.convert import WRITERS, convert
 from ...svdquant.adapters.families import resolve
+from .target import check_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check_target(checkpoint: Checkpoint, target: Path) -> None:
-    """Writing must not pull the source from under its own memory map."""
+    """ComfyUI lists .safetensors only, and writing must not pull the source from under its own memory map."""
+    check_name(target)
     sources = {info.file for info in checkpoint.stored.info.values()}
     if target.exists() and any(target.samefile(source) for source in sources):
         raise ValueError(f"{target.name}: expected a new file, got the source itself. Name another file.")

@@ -47,7 +47,10 @@ def models_folder(source: str) -> Path:
     """
     home = Path(os.environ.get("COMFYUI_PATH") or _PACK.parents[1])
     if not (home / "models").is_dir():
-        raise ValueError(f"{home}: has no models folder. Name one with --folder, or set COMFYUI_PATH.")
+        raise ValueError(
+            f"fetch: expected a ComfyUI with a models folder, got none at {home}. Say where it is with COMFYUI_PATH, "
+            "where the file goes with --folder, or clone this pack into ComfyUI/custom_nodes."
+        )
     kind = hub.PUBLISHED[source].folder if source in hub.PUBLISHED else "diffusion_models"
     return home / "models" / kind
 

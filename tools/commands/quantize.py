@@ -12,11 +12,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from ...loaders.plan import Plan
 from ...loaders.source import SourceModel, open_source
 from ...svdquant.adapters.quantizing.plans import MODEL, make_plan
 from ...svdquant.quantizer import choices, recipes, report, statistics, stream, text_encoder
 from ...svdquant.quantizer.sensitivity import FORMATS, Limit
+from .target import check_name
 
 UNITS = {"": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
 
@@ -67,6 +70,7 @@ def main(args: argparse.Namespace) -> int:
     overrides = tuple(parse_override(text) for text in args.layer)
     source = open_source(args.source)
     check_target(source.path, args.target)
+    check_device(args.device)
     if text_encoder.is_t5(source):
         return quantize_encoder(source, args)
     samples = statistics.load(args.stats) if args.stats else None
@@ -158,8 +162,20 @@ def parse_override(text: str) -> tuple[str, str]:
     return pattern, precision
 
 
+def check_device(name: str) -> None:
+    """ValueError for a device that torch has not got here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as reason:
+        told = str(reason).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"--device {name}: expected a device that torch has here, got: {told}. Use cpu."
+        ) from None
+
+
 def check_target(source: Path, target: Path) -> None:
-    """Writing must not pull the source from under its own memory map."""
+    """ComfyUI lists .safetensors only, and writing must not pull the source from under its own memory map."""
+    check_name(target)
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"{target.name}: expected a new file, got the source itself. Name another file.")
 

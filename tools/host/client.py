@@ -14,10 +14,31 @@ import urllib.request
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Prompt = dict[str, dict[str, Any]]
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
+
+
+def read_prompt(file: Path) -> Prompt:
+    """A workflow in API form. ValueError for anything else, the form that the page saves above all."""
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        told = None
+    nodes = told.values() if isinstance(told, dict) and told else [None]
+    if not all(isinstance(node, dict) and "class_type" in node for node in nodes):
+        got = (
+            "a workflow as the page saves it"
+            if isinstance(told, dict) and "nodes" in told
+            else "something else"
+        )
+        raise ValueError(
+            f"{file}: expected a workflow in API form, got {got}. Export it with File > Export (API), or take one of "
+            "workflows/api."
+        )
+    return told
 
 
 class PromptRefused(RuntimeError):

@@ -70,6 +70,7 @@ def make_plan(
             "Quantize Text Encoder; others stay in 16 bits or fp8."
         )
     plan = _draft(source, precision, rank)
+    refuse_idle(overrides, [job.name for job in plan.jobs])
     jobs = [override(job, overrides) for job in plan.jobs]
     if not centred:
         jobs = [replace(job, center=None, folds=()) for job in jobs]
@@ -108,6 +109,16 @@ def override(job: Job, overrides: tuple[tuple[str, str], ...]) -> Job:
         if fnmatch.fnmatchcase(job.name, pattern):
             job = replace(job, precision=precision, rank=0 if precision == "awq" else job.rank)
     return job
+
+
+def refuse_idle(overrides: tuple[tuple[str, str], ...], names: list[str]) -> None:
+    """A pattern that matches nothing is a slip of the pen, and would cost hours to be noticed."""
+    for pattern, _ in overrides:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                f"{pattern}: expected a pattern that matches some of the {len(names)} linears, such as {names[0]}, got "
+                "one that matches none. * stands for any letters."
+            )
 
 
 def refuse_forms(jobs: list[Job]) -> None:
