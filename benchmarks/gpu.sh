@@ -59,7 +59,7 @@ grep "SVDQuant: " "$out/log.txt" | tee -a "$out/summary.txt"
 # A worker that loses its card ends, and the others go on.
 workers=$("$python" -c 'import xdist; print("-n 8 --max-worker-restart 50")' 2>/dev/null)
 # shellcheck disable=SC2086  # several words, or none
-[ -n "$dry" ] || step tests 120 "$python" -m pytest -q --tb=short $workers -m gpu tests/kernels
+[ -n "$dry" ] || step tests 120 "$python" -m pytest -q --tb=short --continue-on-collection-errors $workers -m gpu tests/kernels
 left=$((limit - SECONDS))
 step figures 250 "$python" benchmarks/gpu.py ${dry:+--dry} --seconds $((left < 240 ? left - 50 : 190)) --json "$out/gpu.json" --markdown "$out/gpu.md"
 if [ -z "$dry" ]; then
