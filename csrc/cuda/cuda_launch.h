@@ -20,8 +20,8 @@ const char* quantize_nvfp4(const Quantize& args, const Launch& launch);
 
 // means: core/reference.py gemm_int4
 const char* gemm_int4(const Gemm& args, Product product, const Launch& launch);
-// The same on sm_90a, by e4m3 products of warpgroups; asks for scratch memory.
-const char* gemm_int4_hopper(const Gemm& args, const Launch& launch);
+// The same on sm_90a, by e4m3 products of warpgroups, of blocks alone or in clusters; asks for scratch memory.
+const char* gemm_int4_hopper(const Gemm& args, bool in_clusters, const Launch& launch);
 // means: core/reference.py gemm_int4_gelu; asks for scratch memory.
 const char* gemm_int4_gelu(const GemmGelu& args, Product product, const Launch& launch);
 // means: core/reference.py gemm_nvfp4

@@ -28,7 +28,10 @@ const char* gemm(const Gemm& args, const Launch& launch) {
     return is(launch, "mxf4_sm120") ? cuda::gemm_mxf4(args, launch) : cuda::gemm_nvfp4(args, launch);
   }
   // For one row of tiles, its pass over the weights would cost more than it saves.
-  if (is(launch, "wgmma_e4m3") && args.m > 128) return cuda::gemm_int4_hopper(args, launch);
+  const bool in_clusters = is(launch, "wgmma_e4m3_x4");
+  if ((in_clusters || is(launch, "wgmma_e4m3")) && args.m > 128) {
+    return cuda::gemm_int4_hopper(args, in_clusters, launch);
+  }
   return cuda::gemm_int4(args, product(launch), launch);
 }
 
@@ -49,7 +52,7 @@ const char* spellings() {
   if (arch < 75) return "";
   if (arch < 80) return "mma_sm75 mma_s8 mma_f16 gemv gelu_sm75";
   if (arch < 90) return "mma_s4 mma_s8 mma_f16 gemv gelu_s4 gelu_s8";
-  if (arch == 90) return "wgmma_e4m3 wgmma_s8_x2 wgmma_s8 mma_s8 mma_f16 gemv gelu_s8";
+  if (arch == 90) return "wgmma_e4m3_x4 wgmma_e4m3 wgmma_s8_x2 wgmma_s8 mma_s8 mma_f16 gemv gelu_s8";
   return arch / 10 == 12 ? "mxf4_sm120 mma_s8 mma_f16 gemv gelu_s8" : "mma_s8 mma_f16 gemv gelu_s8";
 }
 

@@ -17,7 +17,8 @@
 namespace svdquant::cuda {
 
 constexpr int kGroupBytes = 64, kGroupsOfStep = kStepBytes / kGroupBytes;
-using W4A4Tile = HopperTile<128, Alone, kGroupsOfStep * kTileRows * 4>;
+template <class C>
+using W4A4Tile = HopperTile<128, C, kGroupsOfStep * kTileRows * 4>;
 
 struct W4A4Params {
   TensorMap codes, weights, scales, weight_scales;
@@ -26,28 +27,30 @@ struct W4A4Params {
   Finish finish;
 };
 
-using Sums128 = float[W4A4Tile::kSums];
+using Sums128 = float[W4A4Tile<Alone>::kSums];
 
 // One group's product, of a stage's first or second 64 bytes.
-__device__ __forceinline__ void start_group(const Operands<W4A4Tile>& first, int stage, int group, Sums128& part) {
+template <class T>
+__device__ __forceinline__ void start_group(const Operands<T>& first, int stage, int group, Sums128& part) {
   wgmma_fence();
 #pragma unroll
   for (int bytes = 0; bytes < kGroupBytes; bytes += 32) {
-    const int moved = stage * W4A4Tile::kStageBytes + group * kGroupBytes + bytes;
+    const int moved = stage * T::kStageBytes + group * kGroupBytes + bytes;
     wgmma_e4m3(part, first.moved(first.acts, moved), first.moved(first.weights, moved), bytes);
   }
   wgmma_commit();
 }
 
 // sums += part times both scales of the group.
-__device__ __forceinline__ void add_group(const char* stage, int group, const FinishTile<W4A4Tile>& lane,
-                                          const Sums128& part, Sums128& sums) {
-  const float* acts = reinterpret_cast<const float*>(stage + W4A4Tile::kActsBytes + W4A4Tile::kWeightsBytes) +
-                      group * kTileRows;
+template <class T>
+__device__ __forceinline__ void add_group(const char* stage, int group, const FinishTile<T>& lane, const Sums128& part,
+                                          Sums128& sums) {
+  const float* acts =
+      reinterpret_cast<const float*>(stage + T::kActsBytes + T::kWeightsBytes) + group * kTileRows;
   const float* weights = acts + kGroupsOfStep * kTileRows;
   const float row[2] = {ld_shared(acts + 16 * lane.warp + lane.g), ld_shared(acts + 16 * lane.warp + lane.g + 8)};
 #pragma unroll
-  for (int j = 0; j < W4A4Tile::kN / 8; ++j) {
+  for (int j = 0; j < T::kN / 8; ++j) {
     const float2 column = ld_shared(reinterpret_cast<const float2*>(weights + 8 * j) + lane.t);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -59,11 +62,13 @@ __device__ __forceinline__ void add_group(const char* stage, int group, const Fi
 
 // All groups of a tile. While a step's first group is being added its second one's product runs; during that one's, the
 // other warpgroup's products do.
-__device__ __forceinline__ void multiply_groups(int steps, StageAt<W4A4Tile>& at, const BlockMemory<W4A4Tile>& memory,
-                                                const FinishTile<W4A4Tile>& lane, Sums128& sums) {
-  const Operands<W4A4Tile> first(memory, lane.group);
+template <class T>
+__device__ __forceinline__ void multiply_groups(int steps, StageAt<T>& at, const BlockMemory<T>& memory,
+                                                const FinishTile<T>& lane, Sums128& sums) {
+  const Operands<T> first(memory, lane.group);
+  const Partner<typename T::Cluster> partner;
   for (int step = 0; step < steps; ++step) {
-    const char* stage = memory.stages + at.stage * W4A4Tile::kStageBytes;
+    const char* stage = memory.stages + at.stage * T::kStageBytes;
     Sums128 even = {}, odd = {};  // costs nothing: the first products start from zero anyway
     mbarrier_wait(memory.full + at.stage, at.parity);
     start_group(first, at.stage, 0, even);
@@ -73,20 +78,32 @@ __device__ __forceinline__ void multiply_groups(int steps, StageAt<W4A4Tile>& at
     wgmma_finish(odd);
     add_group(stage, 1, lane, odd, sums);
     warp_barrier();  // all lanes have read the scales
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(memory.empty + at.stage);
+    partner.tell(memory.empty + at.stage);
     at.advance();
   }
 }
 
+// One step's scales behind the codes, [groups][128] of acts, then of weights: a block of a cluster brings whole groups.
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, 1) w4a4_kernel(
+__device__ __forceinline__ void load_scales(const W4A4Params& p, const TileAt& tile, int step, char* stage,
+                                            uint64_t* full) {
+  using C = typename T::Cluster;
+  const C cluster;
+  const int act = cluster.column() * (kGroupsOfStep / C::kAcross), weight = cluster.row() * (kGroupsOfStep / C::kDown);
+  char* scales = stage + T::kActsBytes + T::kWeightsBytes;
+  bring<C::kAcross>(scales + act * kTileRows * 4, &p.scales, tile.row * kTileRows, step * kGroupsOfStep + act, full,
+                    cluster.of_row());
+  bring<C::kDown>(scales + (kGroupsOfStep + weight) * kTileRows * 4, &p.weight_scales, tile.column * T::kN,
+                  step * kGroupsOfStep + weight, full, cluster.of_column());
+}
+
+template <class T>
+__global__ void SVDQUANT_CLUSTER(T::Cluster::kBlocks) __launch_bounds__(kBlockThreads, 1) w4a4_kernel(
     [[maybe_unused]] const __grid_constant__ W4A4Params p) {
 #if SVDQUANT_HOPPER
   const auto load = [&](const TileAt& tile, int step, char* stage, uint64_t* full) {
-    char* scales = stage + T::kActsBytes + T::kWeightsBytes;
     load_operands<T>(&p.codes, &p.weights, tile, step, stage, full);
-    tma_load(scales, &p.scales, tile.row * kTileRows, step * kGroupsOfStep, full);
-    tma_load(scales + kGroupsOfStep * kTileRows * 4, &p.weight_scales, tile.column * T::kN, step * kGroupsOfStep, full);
+    load_scales<T>(p, tile, step, stage, full);
   };
   const auto multiply = [&](StageAt<T>& at, const BlockMemory<T>& memory, const FinishTile<T>& end,
                             float(&sums)[T::kSums]) {
@@ -121,14 +138,31 @@ struct Expanded {
   }
 };
 
-inline const char* encode_expanded(const Expand& e, TensorMap& codes, TensorMap& scales) {
-  const char* problem = encode_map({e.to_codes, e.rows, e.k, e.k, kTileRows, kStepBytes, 1}, codes);
+// Boxes of the codes of so many rows, and of the scales that as many blocks share out by groups.
+inline const char* encode_expanded(const Expand& e, int blocks, TensorMap& codes, TensorMap& scales) {
+  const char* problem = encode_map({e.to_codes, e.rows, e.k, e.k, kTileRows / blocks, kStepBytes, 1}, codes);
   if (problem) return problem;
-  return encode_map({e.to_scales, e.k / kGroupBytes, e.rows, e.scale_row * 4, kGroupsOfStep, kTileRows, 4}, scales);
+  const int groups = kGroupsOfStep / blocks;
+  return encode_map({e.to_scales, e.k / kGroupBytes, e.rows, e.scale_row * 4, groups, kTileRows, 4}, scales);
 }
 
-const char* gemm_int4_hopper(const Gemm& args, const Launch& launch) {
-  static_assert(W4A4Tile::kN == kTileRows, "one box for both operands");
+template <class C>
+const char* run_w4a4(const Gemm& args, const TileShape& shape, const Expanded& from, int sms, const Launch& launch) {
+  using T = W4A4Tile<C>;
+  static_assert(T::kN == kTileRows, "one box for both operands");
+  W4A4Params p = {};
+  Grid grid = {0, 1, kBlockThreads, T::kSharedBytes, C::kBlocks};
+  p.grid = divide(args.m, args.n, shape, clusters_at_once(w4a4_kernel<T>, grid, sms));
+  grid.x = p.grid.workers * C::kBlocks;
+  p.steps = static_cast<int>(ceil_div(args.k, kStepBytes));
+  p.finish = {static_cast<int>(args.m), static_cast<int>(args.n), static_cast<int>(args.r), nullptr, nullptr,
+              args.hidden, args.up, args.bias, args.addend, args.out};
+  const char* problem = encode_expanded(from.acts, C::kAcross, p.codes, p.scales);
+  if (!problem) problem = encode_expanded(from.weights, C::kDown, p.weights, p.weight_scales);
+  return problem ? problem : run(w4a4_kernel<T>, grid, launch, p);
+}
+
+const char* gemm_int4_hopper(const Gemm& args, bool in_clusters, const Launch& launch) {
   if (device_arch() != 90) return "this card has no products of warpgroups";
   if (args.m == 0 || args.n == 0) return nullptr;
   if (!is_aligned(args.codes, 16)) return "codes must begin at a multiple of 16 bytes";
@@ -138,17 +172,12 @@ const char* gemm_int4_hopper(const Gemm& args, const Launch& launch) {
   void* scratch = launch.allocate ? launch.allocate(launch.owner, expanded.bytes) : nullptr;
   if (!scratch || !is_aligned(scratch, 16)) return "no scratch memory";
   expanded.place(scratch);
-  W4A4Params p = {};
-  p.grid = divide(args.m, args.n, {W4A4Tile::kN}, sms);
-  p.steps = static_cast<int>(ceil_div(args.k, kStepBytes));
-  p.finish = {static_cast<int>(args.m), static_cast<int>(args.n), static_cast<int>(args.r), nullptr, nullptr,
-              args.hidden, args.up, args.bias, args.addend, args.out};
   const char* problem = run_expand(expanded.acts, sms, launch);
   if (!problem) problem = run_expand(expanded.weights, sms, launch);
-  if (!problem) problem = encode_expanded(expanded.acts, p.codes, p.scales);
-  if (!problem) problem = encode_expanded(expanded.weights, p.weights, p.weight_scales);
   if (problem) return problem;
-  return run(w4a4_kernel<W4A4Tile>, {p.grid.workers, 1, kBlockThreads, W4A4Tile::kSharedBytes}, launch, p);
+  const TileShape shape = choose_w4a4_tile(args.m, args.n, sms, in_clusters);
+  return shape.down == 2 ? run_w4a4<Cluster<2, 2>>(args, shape, expanded, sms, launch)
+                         : run_w4a4<Alone>(args, shape, expanded, sms, launch);
 }
 
 }  // namespace svdquant::cuda

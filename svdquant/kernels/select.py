@@ -147,6 +147,7 @@ SPELLINGS = (
     Spelling(
         "portable", "cpu", LAYER_OPS, _feature("portable"), on_request="slower than torch for a whole picture"
     ),
+    Spelling("wgmma_e4m3_x4", "cuda", INT4_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),
     Spelling("wgmma_e4m3", "cuda", INT4_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),
     Spelling("wgmma_s8_x2", "cuda", INT8_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),
     Spelling("wgmma_s8", "cuda", INT8_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),

@@ -31,7 +31,7 @@ class Hopper(Kernels):
         """As core.reference.gemm_int4, signed or unsigned by the codes' dtype."""
         library(self.arch).set_multiprocessors(self.sms)
         kind = "int4" if codes.dtype == torch.int8 else "int4-unsigned"
-        return self.gemm("hopper", kind, codes, scales, hidden, weights, **to)
+        return self.gemm(self._entry("hopper", 4), kind, codes, scales, hidden, weights, **to)
 
     def gemm_int8(
         self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object

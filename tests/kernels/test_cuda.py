@@ -112,10 +112,13 @@ def test_the_choice_says_how_it_was_built():
     choice = select.choose(hopper, select.Request("gemm_int4", "bfloat16"))
     assert choice.spelling == "mma_s8"
     assert choice.sentence().startswith(
-        "mma_s8 (built without a C++ compiler; not wgmma_e4m3: it needs a C++ compiler"
+        "mma_s8 (built without a C++ compiler; not wgmma_e4m3_x4: it needs a C++ compiler"
     )
     ada = select.choose(replace(hopper, capability=(8, 9)), select.Request("gemm_int4", "bfloat16"))
-    assert ada.sentence() == "mma_s4 (built without a C++ compiler; not wgmma_e4m3: it needs a C++ compiler)"
+    assert ada.sentence() == (
+        "mma_s4 (built without a C++ compiler; not wgmma_e4m3_x4: it needs a C++ compiler; "
+        "not wgmma_e4m3: it needs a C++ compiler)"
+    )
 
 
 def test_a_gpu_is_tried_as_it_was_built(monkeypatch, tmp_path):

@@ -22,6 +22,7 @@ SPELLINGS = {  # of which card, which layers
     "mma_f16": (80, ["nvfp4"]),
     "mxf4_sm120": (120, ["nvfp4"]),
     "wgmma_e4m3": (90, ["int4", "int4-unsigned"]),
+    "wgmma_e4m3_x4": (90, ["int4", "int4-unsigned"]),
     "wgmma_s8": (90, ["int8-of-int4"]),
     "wgmma_s8_x2": (90, ["int8-of-int4"]),
     "gemv": (80, ["awq"]),

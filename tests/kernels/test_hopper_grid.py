@@ -6,10 +6,10 @@ import ctypes
 
 import pytest
 
+from svdquant_nodes.tests.kernels import test_hopper_int4, test_hopper_int8
 from svdquant_nodes.tests.kernels.emulated import COMPILER, library
 from svdquant_nodes.tests.kernels.emulated_hopper import ARCH, Hopper
 from svdquant_nodes.tests.kernels.fake_driver import Grid
-from svdquant_nodes.tests.kernels.test_hopper_int8 import inputs
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
 
@@ -44,6 +44,10 @@ CHOICES = {  # kernel, M, N, whether in clusters -> columns, tiles of a cluster 
     "flux-text": ("w8a8", 512, 3072, True, (128, 2, 1)),
     "sdxl": ("w8a8", 8192, 5120, True, (256, 2, 1)),
     "one-row-of-tiles-that-fills-the-card": ("w8a8", 77, 12288, True, (128, 1, 1)),
+    "w4a4-alone": ("w4a4", 4608, 3072, False, (128, 1, 1)),
+    "w4a4": ("w4a4", 4608, 3072, True, (128, 2, 2)),
+    "w4a4-of-odd-columns": ("w4a4", 8192, 640, True, (128, 2, 2)),
+    "w4a4-of-one-row-that-fills-the-card": ("w4a4", 77, 12288, True, (128, 1, 1)),
     "one-row-of-few-tiles": ("w8a8", 77, 3072, True, (96, 2, 1)),
 }
 
@@ -53,17 +57,25 @@ def test_choice_of_tile(kernel, m, n, clusters, want):
     assert chosen(kernel, m, n, clusters) == want
 
 
-@pytest.mark.parametrize("clusters", [False, True], ids=["alone", "pairs"])
-def test_launch(clusters):
-    """Three rows of tiles of 96 columns on 132 SMs: three blocks, or two clusters of two."""
-    grid = Grid()
-    library(ARCH).record(True)
+LAUNCHES = {  # three rows of tiles of 96 columns, or of three tiles, on 132 SMs -> blocks, of which a cluster has
+    "w8a8-alone": ("gemm_int8", test_hopper_int8.inputs(260, 90, 128, 16), False, (3, 1)),
+    "w8a8-pairs": ("gemm_int8", test_hopper_int8.inputs(260, 90, 128, 16), True, (4, 2)),
+    "w4a4-alone": ("gemm_int4", test_hopper_int4.inputs("signed", 260, 260, 128, 16), False, (9, 1)),
+    "w4a4-fours": ("gemm_int4", test_hopper_int4.inputs("signed", 260, 260, 128, 16), True, (16, 4)),
+}
+
+
+@pytest.mark.parametrize(("op", "inputs", "clusters", "want"), LAUNCHES.values(), ids=LAUNCHES)
+def test_launch(op, inputs, clusters, want):
+    """Of the product, which is the last launch of a call."""
+    kernels, grid = library(ARCH), Grid()
+    kernels.record(True)
     try:
-        Hopper(sms=132, clusters=clusters).gemm_int8(*inputs(260, 90, 128, 16))
-        library(ARCH).recorded_grid(0, ctypes.byref(grid))
+        getattr(Hopper(sms=132, clusters=clusters), op)(*inputs)
+        kernels.recorded_grid(kernels.recorded() - 1, ctypes.byref(grid))
     finally:
-        library(ARCH).record(False)
-    assert (grid.x, grid.cluster) == ((4, 2) if clusters else (3, 1))
+        kernels.record(False)
+    assert (grid.x, grid.cluster) == want
 
 
 def test_reads_decide_where_products_take_as_long():

@@ -16,10 +16,12 @@ from svdquant_nodes.tests.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
 
+CLUSTERS = pytest.mark.parametrize("clusters", [False, True], ids=["alone", "fours"])
 SHAPES = {  # M, N, K, R
     "m=1-one-token": (1, 128, 128, 16),
     "m=17-tail": (17, 72, 192, 40),
     "m=130-n=130-four-tiles": (130, 130, 128, 16),
+    "m=260-n=260-nine-tiles": (260, 260, 192, 16),
     "n=1-one-output": (3, 1, 64, 16),
     "n=67-odd": (5, 67, 128, 128),
     "k=64-half-a-step": (4, 64, 64, 0),
@@ -37,24 +39,29 @@ def inputs(kind, m, n, k, r, dtype=torch.bfloat16):
     return codes, scales, layers.random(m, r, seed=6), weights
 
 
+@CLUSTERS
 @pytest.mark.parametrize("backwards", [False, True], ids=["in-order", "backwards"])
 @pytest.mark.parametrize("kind", ["signed", "unsigned"])
 @pytest.mark.parametrize(("m", "n", "k", "r"), SHAPES.values(), ids=SHAPES)
-def test_gemm_int4(backwards, kind, m, n, k, r):
+def test_gemm_int4(clusters, backwards, kind, m, n, k, r):
     args = inputs(kind, m, n, k, r)
-    got = Hopper(backwards=backwards, sms=1).gemm_int4(*args)
+    got = Hopper(backwards=backwards, sms=1, clusters=clusters).gemm_int4(*args)
     assert_close(got, reference.gemm_int4(*args), "split_branch")
 
 
-@pytest.mark.parametrize("sms", [1, 3, 132], ids="sms={}".format)
-def test_blocks_take_tiles_in_turn(sms):
+@CLUSTERS
+@pytest.mark.parametrize("sms", [1, 9, 132], ids="sms={}".format)
+def test_blocks_take_tiles_in_turn(clusters, sms):
+    """Nine tiles: one cluster takes all four fours of them, or two share them, or each of four has one."""
     args = inputs("signed", 260, 300, 320, 40)
-    assert_close(Hopper(sms=sms).gemm_int4(*args), reference.gemm_int4(*args), "split_branch")
+    got = Hopper(sms=sms, clusters=clusters).gemm_int4(*args)
+    assert_close(got, reference.gemm_int4(*args), "split_branch")
 
 
+@CLUSTERS
 @pytest.mark.parametrize("kind", ["signed", "unsigned"])
 @pytest.mark.parametrize("groups", [1, 2, 3, 8], ids="groups={}".format)
-def test_group_sums_to_the_bit(kind, groups):
+def test_group_sums_to_the_bit(clusters, kind, groups):
     """Scales of 1 and no branch: the output is the sum of integers, with the largest sums a group can have."""
     n, k = 72, 64 * groups
     codes = inputs(kind, 20, n, k, 0)[0]
@@ -63,7 +70,7 @@ def test_group_sums_to_the_bit(kind, groups):
     codes[3] = -8 if kind == "signed" else 15
     ones, empty = torch.ones(n, groups), torch.zeros(n, 0)
     weights = LinearWeights(INT4, packed, ones, smooth=torch.ones(k), down=torch.zeros(0, k), up=empty)
-    got = Hopper().gemm_int4(codes, torch.ones(20, groups), torch.zeros(20, 0), weights)
+    got = Hopper(clusters=clusters).gemm_int4(codes, torch.ones(20, groups), torch.zeros(20, 0), weights)
     assert torch.equal(got, (codes.long() @ int4.unpack_signed(packed).long().T).float())
 
 
@@ -100,15 +107,16 @@ def test_without_bias_and_scales_apart():
     assert_close(Hopper().gemm_int4(*args), reference.gemm_int4(*args), "split_branch")
 
 
+@pytest.mark.parametrize("spelling", ["wgmma_e4m3", "wgmma_e4m3_x4"])
 @pytest.mark.parametrize("name", ["int4", "int4-unsigned"])
 @pytest.mark.parametrize("tokens", [128, 130], ids=["one-row-of-tiles", "two-rows"])
-def test_layer(name, tokens):
+def test_layer(name, tokens, spelling):
     """Through the entry points, where few tokens take the product that needs no pass over the weights."""
     weights = layers.random_linear(name, 72, 192, 24)
     x = layers.random(tokens, 192, seed=8, dtype=torch.bfloat16)
     if name == "int4-unsigned":
         x = torch.nn.functional.gelu(x.float(), approximate="tanh").bfloat16()
-    got = linear.linear(x, weights, EmulatedOps(ARCH, "wgmma_e4m3"))
+    got = linear.linear(x, weights, EmulatedOps(ARCH, spelling))
     assert_close(got, linear.linear(x, weights, reference), "split_branch")
 
 

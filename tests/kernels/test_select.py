@@ -13,8 +13,8 @@ NO_COMPILER = Device("cpu", missing="no C++ compiler named g++ was found")
 TURING, AMPERE, ADA, H100, BLACKWELL = (
     Device("cuda", capability=capability) for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0))
 )
-WITHOUT_CLUSTERS = Device("cuda", capability=(9, 0), distrusted=frozenset({"wgmma_s8_x2"}))
-UNPROVEN = Device("cuda", capability=(9, 0), distrusted=frozenset({"wgmma_e4m3"}))
+WITHOUT_CLUSTERS = Device("cuda", capability=(9, 0), distrusted=frozenset({"wgmma_e4m3_x4", "wgmma_s8_x2"}))
+UNPROVEN = Device("cuda", capability=(9, 0), distrusted=frozenset({"wgmma_e4m3_x4", "wgmma_e4m3"}))
 RTX50 = Device("cuda", features=frozenset({"block_scaled"}), capability=(12, 0))
 B200 = Device("cuda", features=frozenset({"block_scaled"}), capability=(10, 0))
 ALONE = Device("cuda", frozenset({"block_scaled"}), (12, 0), missing="no compiler")  # no library of ours
@@ -45,7 +45,8 @@ CHOICES = {  # device, request, spelling
     "ampere": (AMPERE, INT4, "mma_s4"),
     "ada": (ADA, INT4, "mma_s4"),
     "ada-by-eight-bits": (ADA, Request("gemm_int4", "bfloat16", wanted="mma_s8"), "mma_s8"),
-    "hopper": (H100, INT4, "wgmma_e4m3"),
+    "hopper": (H100, INT4, "wgmma_e4m3_x4"),
+    "hopper-where-clusters-failed": (WITHOUT_CLUSTERS, INT4, "wgmma_e4m3"),
     "hopper-that-failed": (UNPROVEN, INT4, "mma_s8"),
     "blackwell": (BLACKWELL, INT4, "mma_s8"),
     "nvfp4-on-turing": (TURING, Request("quantize_nvfp4", "float16"), "mma_f16"),
@@ -151,7 +152,7 @@ REASONS = {  # device, request, spelling, reason
         "torch_scaled",
         "this torch has no block-scaled product",
     ),
-    "fused-beside-another": (H100, GELU, "gelu_s8", "gemm_int4 is computed by wgmma_e4m3"),
+    "fused-beside-another": (H100, GELU, "gelu_s8", "gemm_int4 is computed by wgmma_e4m3_x4"),
     "fused-dtype": (TURING, GELU, "gelu_sm75", "activations are bfloat16"),
     "fused-by-another-name": (
         ADA,

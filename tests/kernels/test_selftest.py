@@ -128,7 +128,14 @@ def test_the_kernels_of_this_processor_pass():
 @pytest.mark.parametrize(
     ("spelling", "arch"),
     [
-        *(("mma_sm75", 75), ("mma_s4", 80), ("mma_s8", 90), ("wgmma_e4m3", 90), ("mxf4_sm120", 120)),
+        *(
+            ("mma_sm75", 75),
+            ("mma_s4", 80),
+            ("mma_s8", 90),
+            ("wgmma_e4m3_x4", 90),
+            ("wgmma_s8_x2", 90),
+            ("mxf4_sm120", 120),
+        ),
         *(("gelu_sm75", 75), ("gelu_s4", 80), ("gelu_s8", 120)),
     ],
 )

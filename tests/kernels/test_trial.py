@@ -159,14 +159,14 @@ def card(monkeypatch):
 @pytest.mark.usefixtures("card")
 def test_a_verdict_is_kept_beside_the_library_and_told_at_every_start(monkeypatch, tmp_path, caplog):
     library = tmp_path / "svdquant-cuda.so"
-    script(monkeypatch, ([{"trying": "wgmma_e4m3"}, {"fault": "gemm_int4 is off by 9"}, DONE], ""))
+    script(monkeypatch, ([{"trying": "wgmma_e4m3_x4"}, {"fault": "gemm_int4 is off by 9"}, DONE], ""))
     with caplog.at_level(logging.WARNING, logger="svdquant-nodes"):
         first, second = (gpu.trusted(HOPPER, library, 0) for _ in range(2))
-    assert first == second and first.distrusted == {"wgmma_e4m3"} and not first.missing
+    assert first == second and first.distrusted == {"wgmma_e4m3_x4"} and not first.missing
     assert [file.name for file in tmp_path.iterdir()] == ["svdquant-cuda-NVIDIA-H100-80GB--13000.json"]
-    assert len(caplog.records) == 2 and "wgmma_e4m3 failed the self-test on NVIDIA H100" in caplog.text
+    assert len(caplog.records) == 2 and "wgmma_e4m3_x4 failed the self-test on NVIDIA H100" in caplog.text
     choice = select.choose(first, select.Request("gemm_int4", "bfloat16"))
-    assert choice.spelling == "mma_s8" and choice.against["wgmma_e4m3"] == ("it failed the self-test",)
+    assert choice.spelling == "wgmma_e4m3" and choice.against["wgmma_e4m3_x4"] == ("it failed the self-test",)
 
 
 @pytest.mark.usefixtures("card")

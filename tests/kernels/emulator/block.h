@@ -20,6 +20,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -197,7 +198,10 @@ class Block {
     shared.reset(blocks, shared_bytes, threads);
     engines.reset(blocks, blocks * threads);
     threads_.assign(blocks * threads, {});
-    if (stacks_.size() < threads_.size() * kStack) stacks_.resize(threads_.size() * kStack);
+    if (stacks_for_ < threads_.size()) {
+      stacks_for_ = threads_.size();
+      stacks_.reset(new char[stacks_for_ * kStack]);  // of which pages exist when they are touched
+    }
     for (unsigned i = 0; i < threads_.size(); ++i) {
       threads_[i].index = {i % threads, 0};
       threads_[i].block = {first.x + i / threads, first.y};
@@ -343,7 +347,7 @@ class Block {
     if (t.started) _longjmp(t.resume, 1);
     t.started = true;
     getcontext(&t.start);
-    t.start.uc_stack.ss_sp = stacks_.data() + i * kStack;
+    t.start.uc_stack.ss_sp = stacks_.get() + i * kStack;
     t.start.uc_stack.ss_size = kStack;
     makecontext(&t.start, &Block::body, 0);
     setcontext(&t.start);
@@ -357,7 +361,8 @@ class Block {
 
   const std::function<void()>* kernel_ = nullptr;
   std::vector<Thread> threads_;
-  std::vector<char> stacks_;
+  std::unique_ptr<char[]> stacks_;
+  size_t stacks_for_ = 0;
   jmp_buf scheduler_{};
   int current_ = 0, threads_a_block_ = 0;
 };

@@ -13,7 +13,11 @@ void set_multiprocessors(int count) { emulator::Block::current().multiprocessors
 
 const char* gemm_by_hopper(const Gemm* args) {
   emulator::Scratch scratch;
-  return cuda::gemm_int4_hopper(*args, scratch.launch(""));
+  return cuda::gemm_int4_hopper(*args, false, scratch.launch(""));
+}
+const char* gemm_by_hopper_x4(const Gemm* args) {
+  emulator::Scratch scratch;
+  return cuda::gemm_int4_hopper(*args, true, scratch.launch(""));
 }
 
 const char* gemm_int8_hopper(const GemmInt8* args) { return cuda::gemm_int8_hopper(*args, false, {}); }
