@@ -126,6 +126,7 @@ def _driver() -> int:
 
 def judge(index: int) -> Verdict:
     """Try every spelling that a GPU could run. One that ends its process is at fault, and the rest go on without it."""
+    torch.cuda.empty_cache()  # room for another process on a card that a model fills
     faults: dict[str, str] = {}
     deadly: list[str] = []
     while True:

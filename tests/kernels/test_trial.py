@@ -37,6 +37,14 @@ def test_all_is_well(monkeypatch):
     assert gpu.judge(0) == gpu.Verdict({})
 
 
+def test_a_trial_finds_the_memory_that_torch_holds_without_using_it(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr(gpu, "_run_trial", lambda *_: done.append("tried") or ([DONE], ""))
+    gpu.judge(0)
+    assert done == ["emptied", "tried"]
+
+
 def test_a_wrong_spelling_is_left_out_and_the_next_one_is_tried(monkeypatch):
     said = [{"trying": "mma_s4"}, {"fault": "gemm_int4 is off by 3"}, {"trying": "gemv"}, DONE]
     script(monkeypatch, (said, ""))
