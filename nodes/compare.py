@@ -52,12 +52,10 @@ class SVDQuantCompare(io.ComfyNode):
     def execute(
         cls, model_16bit, model_4bit, positive, latent, vae, negative=None, **settings
     ) -> io.NodeOutput:
-        rest, seen = (
-            (vae, positive, negative, latent, sampling.Settings(**settings, denoise=1.0)),
-            Statistics(ROWS),
-        )
-        exact = host.draw(host.watched_clone(model_16bit, seen.see), *rest)
-        near = host.draw(model_4bit, *rest)
+        seen = Statistics(ROWS)
+        scene = vae, positive, negative, latent, sampling.Settings(**settings, denoise=1.0)
+        exact = host.draw(host.watched_clone(model_16bit, seen.see), *scene)
+        near = host.draw(model_4bit, *scene)
         inputs = {name: sample.rows for name, sample in seen.items()}
         text = report(exact, near, host.layer_errors(model_16bit, model_4bit, inputs))
         panels = compare.panel(near.images, exact.images)
