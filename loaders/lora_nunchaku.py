@@ -79,8 +79,7 @@ def extract(stored: Pair, base: Pair, first: int = 0) -> Pair | None:
 def plain(stored: Pair, splits: int) -> Pair:
     """The pair of a modulation layer in the model's own row order: stored row j*S + s is row s*d + j."""
     down, up = stored
-    order = torch.arange(up.shape[0]).reshape(-1, splits).T.reshape(-1)
-    return _without_zeros(down, up[order])
+    return _without_zeros(down, up[tiles.straight_order(up.shape[0], splits)])
 
 
 def _without_zeros(down: Tensor, up: Tensor) -> Pair:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from ..core import reference
+from ..core.tiles import straight_order
 from ..core.weights import GELU_SHIFT, INT4, LinearWeights
 
 # The others (kitchen, nunchaku_lite) follow the model's own; natural files are written from the engine's.
@@ -24,7 +23,7 @@ def straighten(weights: LinearWeights, splits: int) -> LinearWeights:
     Stored row j*S + s is row s*d + j; scale chunks are s = 1 and, for S = 6, s = 4. The bias comes back in fp32,
     because 16 bits cannot hold every (b + 1) - 1.
     """
-    straight = weights.rows(_order(weights, splits))
+    straight = weights.rows(straight_order(weights.out_features, splits))
     bias = straight.bias.float().reshape(splits, -1).clone()
     bias[1::3] -= 1
     return replace(straight, bias=bias.reshape(-1))
@@ -35,7 +34,7 @@ def interleave(weights: LinearWeights, splits: int) -> LinearWeights:
     bias = weights.bias.float().reshape(splits, -1).clone()
     bias[1::3] += 1
     folded = replace(weights, bias=bias.reshape(-1).to(weights.scales.dtype))
-    return folded.rows(_order(weights, splits).argsort())
+    return folded.rows(straight_order(weights.out_features, splits).argsort())
 
 
 def unsign(weights: LinearWeights) -> LinearWeights:
@@ -67,8 +66,3 @@ def to_engine(weights: LinearWeights, splits: int, act_shift: float) -> LinearWe
     if act_shift and weights.spec == INT4:
         return unsign(weights)
     return weights
-
-
-def _order(weights: LinearWeights, splits: int) -> torch.Tensor:
-    """Stored rows in the model's order."""
-    return torch.arange(weights.out_features).reshape(-1, splits).T.reshape(-1)

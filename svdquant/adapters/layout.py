@@ -153,7 +153,9 @@ def parts_of(weight: QuantizedTensor, bias: Tensor | None) -> Sequence[Part]:
         return core.with_bias(unpack(buffer, params), bias)
     made = _made.get(buffer)
     if made is None or not made.still_of(weight, bias):
-        views = unpack(buffer.detach(), params)  # of an alias: a view may keep alive what it was taken of
+        views = unpack(
+            buffer.detach(), params
+        )  # of an alias: views of the buffer would keep it, their own key, alive
         parts = core.with_bias(views, bias)
         made = _made[buffer] = _Made(params, bias, _addresses(buffer, bias), parts)
     return made.parts

@@ -167,6 +167,16 @@ def untile_awq_codes(stored: Tensor) -> Tensor:
     return _natural(torch.stack(_transpose_bytes(words), dim=-1), _P7, nt=nt, kt=kt).view(torch.uint8)
 
 
+def interleave(x: Tensor, chunks: int) -> Tensor:
+    """A modulation's rows as the engine stores them: row s*d + j of chunks of d rows -> row j*chunks + s, [N, ...]."""
+    return rearrange(x, "(s j) ... -> (j s) ...", s=chunks).contiguous()
+
+
+def straight_order(rows: int, chunks: int) -> Tensor:
+    """Back: the stored rows in the model's own order, as an index [N]."""
+    return rearrange(torch.arange(rows), "(j s) -> (s j)", s=chunks)
+
+
 def tile_kitchen_codes(packed: Tensor) -> Tensor:
     """Kitchen tile pack: natural [N, K/2] uint8 -> stored int8 [N/128, K/64, 32, 128]."""
     return _tile(packed, _KITCHEN_WEIGHT).view(torch.int8)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...loaders.source import Job, SourceModel
 from ..core import awq
+from ..core.tiles import interleave
 from ..core.weights import AWQ, INT4, INT4_UNSIGNED, NVFP4, LinearWeights, QuantSpec
 from .task import Sample, T, Task
 
@@ -83,8 +84,3 @@ def round_weights(weight: Tensor, bias: Tensor | None, chunks: int = 0) -> Linea
         weight, bias = (None if t is None else interleave(t, chunks) for t in (weight, bias))
     codes, scales, zeros = awq.quantize_weight(weight, T)
     return LinearWeights(AWQ, codes, scales, zeros=zeros, bias=None if bias is None else bias.to(T))
-
-
-def interleave(x: Tensor, chunks: int) -> Tensor:
-    """Row s*d + j becomes row j*chunks + s: [N, ...] -> [N, ...]."""
-    return x.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(0, 1).contiguous()

@@ -225,6 +225,18 @@ def test_channel_order_inside_sixteen():
     assert stored[:16].tolist() == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 
 
+@pytest.mark.parametrize("chunks", [1, 3, 6])
+def test_modulation_rows_are_interleaved_by_chunks(chunks):
+    """Row j of chunk s is stored row j*S + s."""
+    d = 5
+    natural = torch.arange(chunks * d * 2).reshape(chunks * d, 2)
+    stored = tiles.interleave(natural, chunks)
+    for s in range(chunks):
+        for j in range(d):
+            assert torch.equal(stored[j * chunks + s], natural[s * d + j])
+    assert torch.equal(stored[tiles.straight_order(chunks * d, chunks)], natural)
+
+
 # ---- padding ----
 
 

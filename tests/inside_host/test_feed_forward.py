@@ -5,10 +5,12 @@ Where no kernel does it, as on a CPU, the op is its parts one after the other: w
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
+from comfy.ldm.modules.diffusionmodules.mmdit import Mlp
 from comfy.ldm.qwen_image.model import FeedForward
 
 from svdquant_nodes.svdquant.adapters import feed_forward, layout
@@ -236,16 +238,63 @@ def test_families(family, count, tmp_path, calls):
     assert computed(calls) == count
 
 
+def fill(layer, name, n, k):
+    """Give a host's linear quantized weights."""
+    weights = layers.random_linear(name, n, k)
+    packed = layout.pack([Part(replace(weights, bias=None))], torch.bfloat16)
+    layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+    layer.bias = torch.nn.Parameter(weights.bias, requires_grad=False)
+
+
+def sequential(between, first="int4", second="int4-unsigned"):
+    """Two 4-bit layers with something between them, in a model."""
+    layout.register()
+    linear = make_operations(ops).Linear
+    model = torch.nn.Module()
+    model.mlp = torch.nn.Sequential(linear(64, 128), between, linear(128, 64))
+    fill(model.mlp[0], first, 128, 64)
+    fill(model.mlp[2], second, 64, 128)
+    return model
+
+
+def test_two_layers_and_their_gelu():
+    assert feed_forward.install(sequential(torch.nn.GELU(approximate="tanh"))) == 1
+
+
+def in_training():
+    """PixArt's and SD 3's class, with a dropout that drops."""
+    model = torch.nn.Module()
+    gelu = functools.partial(torch.nn.GELU, approximate="tanh")
+    sizes = dict(dtype=torch.bfloat16, device="cpu")
+    model.mlp = Mlp(64, 128, act_layer=gelu, operations=make_operations(ops), **sizes)
+    fill(model.mlp.fc1, "int4", 128, 64)
+    fill(model.mlp.fc2, "int4-unsigned", 64, 128)
+    model.mlp.drop1 = torch.nn.Dropout(0.1)
+    return model
+
+
+OTHERS = {
+    "exact-gelu": lambda: sequential(torch.nn.GELU()),
+    "silu": lambda: sequential(torch.nn.SiLU()),
+    "nothing-between": lambda: sequential(torch.nn.Identity()),
+    "shifted-before": lambda: sequential(torch.nn.GELU(approximate="tanh"), first="int4-unsigned"),
+    "nvfp4": lambda: sequential(torch.nn.GELU(approximate="tanh"), second="nvfp4"),
+    "dropout-that-drops": in_training,
+}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_what_is_something_else_is_left_alone(make):
+    assert feed_forward.install(make()) == 0
+
+
 def test_qwen_image_s_class(calls):
     """Whose linears lie two modules deep; the small model keeps the second one in 16 bits."""
     layout.register()
     model, sizes = torch.nn.Module(), dict(dtype=torch.bfloat16, device="cpu")
     model.img_mlp = FeedForward(64, 64, inner_dim=128, operations=make_operations(ops), **sizes)
-    for path, name, shape in (("net.0.proj", "int4", (128, 64)), ("net.2", "int4-unsigned", (64, 128))):
-        weights, layer = layers.random_linear(name, *shape), model.img_mlp.get_submodule(path)
-        packed = layout.pack([Part(replace(weights, bias=None))], torch.bfloat16)
-        layer.weight = torch.nn.Parameter(packed, requires_grad=False)
-        layer.bias = torch.nn.Parameter(weights.bias, requires_grad=False)
+    fill(model.img_mlp.net[0].proj, "int4", 128, 64)
+    fill(model.img_mlp.net[2], "int4-unsigned", 64, 128)
     x = layers.random(2, 5, 64, seed=3, dtype=torch.bfloat16)
     want = model.img_mlp(x)
     assert feed_forward.install(model) == 1

@@ -227,6 +227,16 @@ class TestTheHostCountsBranches:
         assert model.partially_unload(CPU, 10**9) == held
         model.detach()
 
+    def test_an_entry_of_the_host_s_list_by_hand(self, quantized):
+        """(bytes while streamed, bytes, name, module, parameters); another form is left alone."""
+        key, layer = next(quantized_linears(quantized.model))
+        name, more = key.removesuffix(".weight"), {key.removesuffix(".weight"): 7, "norm": 5}
+        assert budget.counted((10, 100, name, layer, ()), more) == (17, 107, name, layer, ())
+        assert budget.counted((10, 100, "other", layer, ()), more) == (10, 100, "other", layer, ())
+        plain = torch.nn.Identity()
+        assert budget.counted((10, 100, "norm", plain, ()), more) == (10, 100, "norm", plain, ())
+        assert budget.counted((100, name, layer, ()), more) == (100, name, layer, ())
+
     @pytest.mark.parametrize("made", ["loha", "kohya", "comfy_names", "diffusers"])
     def test_the_plan_is_what_is_made(self, quantized, made):
         model = loras.stock(quantized, getattr(loras, made)())

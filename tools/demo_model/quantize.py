@@ -25,6 +25,7 @@ pack.alias()
 from svdquant_nodes.loaders import nunchaku
 from svdquant_nodes.svdquant.adapters.demo import encode_prompt, load_vae
 from svdquant_nodes.svdquant.core.weights import LinearWeights
+from svdquant_nodes.svdquant.quantizer.jobs import round_weights
 from svdquant_nodes.tools.demo_model import checkpoint, files, flow, flux, fourbit, shapes, solve
 
 SOURCE = files.DEMO / files.MODEL
@@ -79,7 +80,7 @@ def quantize(model: flux.Flux, rank: int, tokens: int) -> dict[str, LinearWeight
         members = list(group)
         cuts = [cut(model, stored) for stored in members]
         if members[0].chunks:
-            done = [solve.quantize_modulation(*cuts[0], members[0].chunks)]
+            done = [round_weights(*cuts[0], members[0].chunks)]
         else:
             x = inputs[source][:, slice(*columns)]
             done = solve.search(cuts, x, rank=rank, unsigned=members[0].unsigned)

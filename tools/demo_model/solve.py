@@ -18,9 +18,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...svdquant.core import awq, int4, lowrank, reference, smooth
+from ...svdquant.core import int4, lowrank, reference, smooth
 from ...svdquant.core.linear import linear
-from ...svdquant.core.weights import AWQ, INT4, INT4_UNSIGNED, LinearWeights
+from ...svdquant.core.weights import INT4, INT4_UNSIGNED, LinearWeights
 
 T = torch.bfloat16
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -74,20 +74,3 @@ def search(
         if error < best_error:
             best, best_error = tried, error
     return best
-
-
-def interleave(tensor: Tensor, chunks: int) -> Tensor:
-    """Rows of `chunks` stacked vectors -> one row of each vector in turn, [N, ...]."""
-    return tensor.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(0, 1).contiguous()
-
-
-def quantize_modulation(w: Tensor, bias: Tensor, chunks: int) -> LinearWeights:
-    """A modulation as files keep it: rows interleaved, and 1 added to the bias of each scale vector.
-
-    w       [N, K]   fp32   `chunks` vectors stacked, (shift, scale, gate) once or twice
-    bias    [N]      fp32
-    """
-    folded = bias.to(T).unflatten(0, (chunks, -1)).clone()
-    folded[1::3] += 1
-    codes, scales, zeros = awq.quantize_weight(interleave(w, chunks), T)
-    return LinearWeights(AWQ, codes, scales, zeros=zeros, bias=interleave(folded.flatten(), chunks))

@@ -108,7 +108,7 @@ def bake(
 def bakeable(path: Path, folder: Path, step: Progress) -> Iterator[Checkpoint]:
     """The checkpoint in a dialect that can be baked into, converted for the time being where it is in another."""
     checkpoint = open_checkpoint(path)
-    # A family without a table of its own has no Nunchaku layout: that one leaves the shift of activations to the table.
+    # A family without a table of its own stays natural: only a table knows where Nunchaku's layout shifts activations.
     natural = isinstance(resolve(checkpoint), native.Native)
     if checkpoint.dialect in (("natural",) if natural else nunchaku.WRITTEN):
         yield checkpoint

@@ -174,7 +174,7 @@ def _shifted(bias: Tensor, at: slice, values: Tensor, splits: int, packed: bool)
         natural = tiles.untile_vector(bias)
         natural[at] = natural[at] + values.to(bias)
         return tiles.tile_vector(natural)
-    order = torch.arange(len(bias)).reshape(-1, splits or 1).T.reshape(-1)
+    order = tiles.straight_order(len(bias), splits or 1)
     out = bias.clone()
     out[order[at]] = bias[order[at]] + values.to(bias)
     return out

@@ -120,7 +120,9 @@ def make_patches(model, path: Path, tensors: Mapping[str, Tensor]) -> tuple[Patc
         renamed = replace(renamed, naming="Nunchaku")
     flat = renamed.flat()
     for module, members in renamed.modules.items():
-        if isinstance(key_map[module], tuple) and "diff_b" in members:  # the host knows no part of a bias
+        if (
+            isinstance(key_map[module], tuple) and "diff_b" in members
+        ):  # the host has no patches of a part of a bias
             weight, *where = key_map[module]
             ready[(f"{weight.removesuffix('.weight')}.bias", *where)] = ("diff", (members["diff_b"],))
             del flat[f"{module}.diff_b"]

@@ -72,7 +72,7 @@ def _follow_hooks(patcher) -> None:
 
 
 def _accompany_clone(patcher, clone) -> None:
-    # Of the model alone: the host hands on what it was told, with the original's branches in it.
+    # The model's own: the host gives a clone what model_size() says, which counts the original's branches too.
     clone.size = patcher.size
     _accompany(clone)
 

@@ -19,7 +19,11 @@ from comfy.patcher_extension import PatcherInjection
 from ..operations import QuantizedLinear
 
 BYPASS = "bypass_lora"  # the key of the host's loaders
-BECOME_PATCHES = ("lora", "loha", "lokr")  # the rest transform a layer's output or input, which no patch says
+BECOME_PATCHES = (
+    "lora",
+    "loha",
+    "lokr",
+)  # the rest transform a layer's output or input, for which there is no patch
 log = logging.getLogger("svdquant-nodes")
 
 

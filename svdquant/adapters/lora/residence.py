@@ -36,7 +36,7 @@ class Copies:
         copy = self._made.get(tensor)
         if copy is None:
             copy = self._make(tensor)
-            if copy is not tensor:  # as its own value it would never be dropped
+            if copy is not tensor:  # a key that is its own value would never be dropped
                 self._made[tensor] = copy
         return copy
 
