@@ -117,11 +117,12 @@ def test_opcheck(name):
         torch.library.opcheck(op, (*there, spelling), test_utils=checks)
 
 
+@pytest.mark.parametrize("m", [40, 200], ids=["few", "with-scratch-memory-on-hopper"])
 @pytest.mark.parametrize("name", layers.COMPUTED)
-def test_inside_a_cuda_graph(name):
-    """Nothing waits, nothing is allocated but results: a capture would refuse either."""
+def test_inside_a_cuda_graph(name, m):
+    """Nothing waits, nothing is allocated but results and scratch memory: a capture would refuse the former."""
     part, bias = layer(name)
-    x, other = tokens(name, 40).cuda(), tokens(name, 40, seed=8).cuda()
+    x, other = tokens(name, m).cuda(), tokens(name, m, seed=8).cuda()
     call = (on_gpu(part),), on_gpu(bias), (), ops
     want = linear.forward(other, *call)
     graph = torch.cuda.CUDAGraph()
