@@ -66,7 +66,8 @@ def report(exact: host.Drawn, near: host.Drawn, errors: dict[str, float]) -> str
     """PSNR and SSIM by picture, LPIPS where it is installed, both samplers' reports, the worst linears."""
     psnr, ssim = (measure(near.images, exact.images) for measure in (compare.psnr, compare.ssim))
     lines = [
-        f"picture {i}: PSNR {p:.2f} dB, SSIM {s:.4f}" for i, (p, s) in enumerate(zip(psnr, ssim, strict=True))
+        f"picture {i}: PSNR {p:.2f} dB, SSIM {s:.4f}"
+        for i, (p, s) in enumerate(zip(psnr, ssim, strict=True), 1)
     ]
     lines.append(f"mean: PSNR {psnr.mean():.2f} dB, SSIM {ssim.mean():.4f}")
     far = compare.lpips(near.images, exact.images)

@@ -41,7 +41,7 @@ def main() -> None:
         write(OUT / "api" / f"{workflow.name}.json", draw.api_form(workflow))
         drawn = draw.ui_form(workflow, info)
         write(OUT / f"{workflow.name}.json", drawn)
-        thumbnail.save(drawn, workflow.name, OUT / f"{workflow.name}.jpg")
+        thumbnail.save(drawn, workflow, OUT / f"{workflow.name}.jpg")
     (OUT / "README.md").write_text(page.text(WORKFLOWS), encoding="utf-8")
 
 

@@ -51,9 +51,11 @@ WORKFLOWS = (
     Workflow(
         "demo",
         "the tiny model of the pack",
-        "This runs on any machine, with nothing to download. The model is a tiny FLUX that draws stars, moons and "
-        "squares of 64 x 64 pixels; the picture is enlarged. Change the prompt's shape, color or place. The LoRA "
-        "starts at strength 0: raise it to 1 and run again.",
+        "This runs on any machine, with nothing to download. The model is a tiny FLUX that draws one shape on "
+        "64 x 64 pixels; the picture is enlarged. Change the prompt's shape (circle, square, triangle, ring, cross, "
+        "star), color or place: point at the text to see all words. The LoRA starts at strength 0: raise it to 1 and "
+        "run again.",
         demo,
+        picture=("demo/drawings.png", (0, 128, 128, 256)),
     ),
 )

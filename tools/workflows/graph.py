@@ -62,7 +62,8 @@ Graph = dict[str, Node]
 class Workflow:
     """A workflow's name, what it shows in a few words, three to five sentences for its note, and its graph.
 
-    made  4-bit files (name, GB) that another workflow makes and this one loads
+    made     4-bit files (name, GB) that another workflow makes and this one loads
+    picture  what it draws, for its picture in the list of templates: a file of the pack, and the part of it
     """
 
     name: str
@@ -70,6 +71,7 @@ class Workflow:
     note: str
     graph: Callable[[], Graph]
     made: tuple[tuple[str, float], ...] = ()
+    picture: tuple[str, tuple[int, int, int, int]] | None = None
 
 
 def node(kind: str, place: tuple[int, int, int], /, title: str = "", files=(), **inputs: Any) -> Node:

@@ -18,7 +18,7 @@ In ComfyUI: *Workflow → Browse Templates → svdquant-nodes*. Without a page: 
 """
 FOOT = """
 *Download* counts every file once, text encoders and VAE included; many workflows share them. *VRAM* is an estimate, not
-a measurement: the diffusion model with LoRA or ControlNet, and 2 GB for activations at one megapixel. Text encoders
+a measurement: the diffusion model with LoRA or ControlNet, and 2 GB a megapixel for activations. Text encoders
 leave the GPU before sampling. ComfyUI keeps what does not fit in RAM, which is slower. The image editing workflows
 start with ComfyUI's own `example.png`.
 
@@ -35,6 +35,8 @@ def _cells(workflow: Workflow) -> tuple[str, ...]:
     files = dict.fromkeys(f for node in workflow.graph().values() for f in node.files)
     models = [f.size for f in files if f.folder == "diffusion_models"] + [size for _, size in workflow.made]
     beside = sum(f.size for f in files if f.folder in ("loras", "controlnet"))
+    sizes = [node.inputs for node in workflow.graph().values() if {"width", "height"} <= node.inputs.keys()]
+    megapixels = max((size["width"] * size["height"] / 2**20 for size in sizes), default=1)
     download = f"{math.fsum(f.size for f in files):.1f}" if files else "nothing"
-    memory = str(math.ceil(max(models) + beside + AROUND)) if models else "none needed"
+    memory = str(math.ceil(max(models) + beside + AROUND * megapixels)) if models else "none needed"
     return f"[{workflow.name}]({workflow.name}.json)", workflow.shows, download, memory

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..pack import ROOT
+from .graph import Workflow
+
 SIZE, EDGE, TITLE = (480, 320), 24, 56
 PAPER, LINE, OTHERS, OURS, INK = "#1d2228", "#66717d", "#39424c", "#2f7d6d", "#f2f4f5"
 
 
-def save(drawn: dict[str, Any], title: str, path: Path) -> None:
-    """Draw a workflow in the page's form as a JPEG."""
+def save(drawn: dict[str, Any], workflow: Workflow, path: Path) -> None:
+    """Draw a workflow in the page's form as a JPEG, with its picture, if it has one, in place of the last node."""
     from PIL import Image, ImageDraw, ImageFont
 
     nodes = {node["id"]: node for node in drawn["nodes"] if node["type"] != "MarkdownNote"}
@@ -22,7 +25,12 @@ def save(drawn: dict[str, Any], title: str, path: Path) -> None:
         pen.line([(a[2], a[1] + 5), (b[0], b[1] + 5 + 2 * slot)], fill=LINE)
     for node in nodes.values():
         pen.rounded_rectangle(place(node), 4, fill=OURS if node["type"].startswith("SVDQuant") else OTHERS)
-    pen.text((EDGE, 14), title, fill=INK, font=ImageFont.load_default(26))
+    if workflow.picture:
+        file, part = workflow.picture
+        left, top, right, _ = map(round, place(next(n for n in nodes.values() if n["type"] == "SaveImage")))
+        shown = Image.open(ROOT / file).convert("RGB").crop(part)
+        image.paste(shown.resize((right - left, right - left)), (left, top))
+    pen.text((EDGE, 14), workflow.name, fill=INK, font=ImageFont.load_default(26))
     image.save(path, quality=85, optimize=True)
 
 
