@@ -111,6 +111,13 @@ def test_page_names_every_output(schema):
     assert told == list(schema.outputs)
 
 
+@every_node
+def test_links_work_inside_comfyui(schema):
+    """It serves the pages, not the files of the pack around them."""
+    text = PAGES[schema.node_id].read_text(encoding="utf-8")
+    assert [link for link in re.findall(r"\]\(([^)]*)\)", text) if not link.startswith("https://")] == []
+
+
 def strings_of_the_code():
     """Every piece of text that the pack can say: an f-string gives the pieces between its values."""
     files = [file for room in ("nodes", "loaders", "svdquant") for file in (ROOT / room).rglob("*.py")]

@@ -25,8 +25,9 @@ def api_form(workflow: Workflow) -> dict[str, Any]:
                 key: [number[value.name], value.output] if isinstance(value, Link) else value
                 for key, value in node.inputs.items()
             },
-            "_meta": {"title": node.title or node.type},
         }
+        # A page that opens this form names the other nodes itself, in its language.
+        | ({"_meta": {"title": node.title}} if node.title else {})
         for name, node in nodes.items()
     }
 
