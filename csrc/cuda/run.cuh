@@ -71,4 +71,13 @@ const char* run(void (*kernel)(Params), const Grid& grid, const Launch&, const P
 }
 #endif
 
+// Memory of the device that lives as long as the call, nullptr if there is none.
+inline void* scratch(const Launch& launch, int64_t bytes) {
+  void* memory = launch.allocate ? launch.allocate(launch.owner, bytes) : nullptr;
+#ifndef __CUDACC__
+  emulator::allocated(memory, bytes);
+#endif
+  return memory;
+}
+
 }  // namespace svdquant::cuda

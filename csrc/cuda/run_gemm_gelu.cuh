@@ -20,7 +20,8 @@ const char* run_gemm_gelu(GeluParams p, const Launch& launch) {
   const int64_t rows = ceil_div(p.product.m, T::kM), runs = ceil_div(p.product.n / T::kN, p.walk);
   const int64_t size = p.product.m * p.next.args.r;
   const bool apart = runs > 1 && size;
-  p.parts = apart ? static_cast<float*>(launch.allocate(launch.owner, runs * size * 4)) : p.next.args.hidden;
+  p.parts = apart ? static_cast<float*>(scratch(launch, runs * size * 4)) : p.next.args.hidden;
+  if (apart && !p.parts) return "no scratch memory";
   const Grid grid = {rows * runs, 1, T::kThreads, Int4Loop<T, P>::kSharedBytes};
   if (const char* problem = run(gemm_gelu_kernel<T, P, kX>, grid, launch, p)) return problem;
   if (!apart) return nullptr;

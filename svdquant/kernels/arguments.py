@@ -59,10 +59,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype(t: Tensor, name: str) -> int:
-    number = DTYPES.get(t.dtype)
+def number_of(dtype: torch.dtype, name: str) -> int:
+    """A dtype as a kernel knows it."""
+    number = DTYPES.get(dtype)
     if number is None:
-        raise ValueError(f"{name}: expected a float of 32, 16 or 8 bits, got {name_of(t.dtype)}")
+        raise ValueError(f"{name}: expected a float of 32, 16 or 8 bits, got {name_of(dtype)}")
     return number
 
 
@@ -77,7 +78,7 @@ class Kept(list):
         t = _narrowed(t)
         t = t if t.stride(1) == 1 else t.contiguous()
         self.append(t)
-        return Floats(t.data_ptr(), _dtype(t, name), t.stride(0))
+        return Floats(t.data_ptr(), number_of(t.dtype, name), t.stride(0))
 
     def vector(self, t: Tensor | None, name: str) -> Floats:
         """Nothing for None."""
@@ -85,7 +86,7 @@ class Kept(list):
             return Floats()
         t = _narrowed(t).contiguous()
         self.append(t)
-        return Floats(t.data_ptr(), _dtype(t, name), 1)
+        return Floats(t.data_ptr(), number_of(t.dtype, name), 1)
 
     def factor(self, t: Tensor | None, n: int) -> Floats:
         """An NVFP4 weight's second scale: one number, or one a row."""
@@ -104,6 +105,11 @@ class Kept(list):
         check_types(torch.float32, addend=t)
         check_shape(t, "addend", m, n)
         return self.matrix(t, "addend")
+
+    def scratch(self, like: Tensor, size: int) -> int:
+        """The address of so many bytes, which the allocator gives to later calls in the order of the stream."""
+        self.append(like.new_empty(size, dtype=torch.uint8))
+        return self[-1].data_ptr()
 
     def whole(self, t: Tensor) -> int:
         """The address of a contiguous tensor."""

@@ -6,8 +6,8 @@ Nothing waits for the device, and nothing is allocated but results and copies of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ from .arguments import (
     check_shape,
     check_types,
     name_of,
+    number_of,
     output,
 )
 from .driver import Card
-from .structs import KINDS, Gemm, GemmInt8, Gemv, Quantize
+from .starts import Start
+from .structs import KINDS, Floats, Gemm, GemmGelu, GemmInt8, Gemv, Quantize
 
 GROUPS = {"int4": 64, "int4-unsigned": 64, "nvfp4": 16, "int8": 16}  # columns that K must be a multiple of
 _Quantized = tuple[Tensor, Tensor, Tensor]
@@ -43,10 +45,11 @@ class CudaOps:
     def __init__(self, card: Callable[[int | None], Card]) -> None:
         self._card = card
 
-    def _launch(self, t: Tensor, spelling: str, start: Callable[[Card], launches.Start]) -> None:
+    def _launch(self, t: Tensor, spelling: str, starts: Callable[[Card], Iterable[Start]]) -> None:
         card = self._card(t.device.index)
         try:
-            card.launch(start(card))
+            for start in starts(card):
+                card.launch(start)
         except RuntimeError as problem:
             raise RuntimeError(f"svdquant kernels, spelling '{spelling}': {problem}") from problem
 
@@ -93,7 +96,7 @@ class CudaOps:
             inputs = kept.matrix(x, "x"), kept.vector(smooth, "smooth"), kept.matrix(down, "down")
             outputs = codes.data_ptr(), scales.data_ptr(), hidden.data_ptr()
             args = Quantize(KINDS[kind], m, k, r, *inputs, shift, *outputs)
-            self._launch(x, spelling, lambda card: launches.quantize(kind, card.arch, args))
+            self._launch(x, spelling, lambda card: [launches.quantize(kind, card.arch, args)])
         return codes, scales, hidden
 
     def gemm_int4(self, codes: Tensor, scales: Tensor, hidden: Tensor, *rest: Any) -> None:
@@ -121,25 +124,43 @@ class CudaOps:
         check_packed(weight_codes)
         there = dict(scales=scales, hidden=hidden, weight_codes=weight_codes, weight_scales=weight_scales)
         check_devices(codes, **there, second_scale=second_scale, up=up, bias=bias, addend=addend, out=out)
-        m, n, k, r = codes.shape[0], weight_codes.shape[0], weight_codes.shape[1] * 2, up.shape[-1]
-        check_columns(k)
-        if codes.dtype not in (torch.int8, torch.uint8):
-            raise ValueError(f"codes: expected int8 or uint8, got {name_of(codes.dtype)}")
-        check_types(torch.float32, hidden=hidden)
-        groups = k // GROUPS[kind]
-        check_shape(codes, "codes", m, k)
-        check_shape(scales, "scales", m, groups)
-        check_shape(weight_scales, "weight_scales", n, groups)
-        check_branch(hidden, up, bias, m, n)
         kept = Kept()
-        to, added = output(out, m, n), kept.addend(addend, m, n)
-        if m == 0 or n == 0:
+        args = _product(kept, kind, activations, weight_codes, weight_scales, up, bias)
+        args.out, args.addend = output(out, args.m, args.n), kept.addend(addend, args.m, args.n)
+        if args.m == 0 or args.n == 0:
             return
-        first = kept.whole(codes), kept.matrix(scales, "scales"), kept.whole(hidden), kept.whole(weight_codes)
-        factors = kept.matrix(weight_scales, "weight_scales"), kept.factor(second_scale, n)
-        branch = kept.matrix(up, "up"), kept.vector(bias, "bias")
-        args = Gemm(KINDS[kind], m, n, k, r, *first, *factors, *branch, added, to)
-        self._launch(codes, spelling, lambda _: launches.gemm(spelling, kind, args))
+        args.second_scale = kept.factor(second_scale, args.n)
+        self._launch(codes, spelling, lambda _: [launches.gemm(spelling, kind, args)])
+
+    def gemm_int4_gelu(self, codes: Tensor, scales: Tensor, hidden: Tensor, *rest: Any) -> _Quantized:
+        """`rest`: weight_codes, weight_scales, up, bias, next_smooth, next_down, next_shift, dtype, spelling."""
+        weight_codes, weight_scales, up, bias, smooth, down, shift, dtype, spelling = rest
+        check_packed(weight_codes)
+        there = dict(scales=scales, hidden=hidden, weight_codes=weight_codes, weight_scales=weight_scales)
+        check_devices(codes, **there, up=up, bias=bias, next_smooth=smooth, next_down=down)
+        check_types(torch.int8, codes=codes)
+        kept = Kept()
+        args = _product(kept, "int4", (codes, scales, hidden), weight_codes, weight_scales, up, bias)
+        m, n, group, r = args.m, args.n, GROUPS["int4"], down.shape[0]
+        if n % group:
+            raise ValueError(f"weight_codes: expected rows in groups of {group}, got {n}")
+        check_shape(smooth, "next_smooth", n)
+        check_shape(down, "next_down", r, n)
+        kind = "int4-unsigned" if shift else "int4"
+        made = (
+            codes.new_empty(m, n, dtype=torch.uint8 if shift else torch.int8),
+            codes.new_empty(m, n // group, dtype=dtype),
+            hidden.new_empty(m, r),
+        )
+        if m and n:
+            x = args.out.dtype = number_of(dtype, "dtype")
+            factors = kept.vector(smooth, "next_smooth"), kept.matrix(down, "next_down"), shift
+            outputs = (t.data_ptr() for t in made)
+            fused = GemmGelu(args, Quantize(KINDS[kind], m, n, r, Floats(None, x), *factors, *outputs))
+            scratch = partial(kept.scratch, codes)
+            start = partial(launches.gemm_gelu, spelling, args=fused, kind=kind, scratch=scratch)
+            self._launch(codes, spelling, lambda card: start(card.arch))
+        return made
 
     def gemm_int8(
         self,
@@ -170,7 +191,7 @@ class CudaOps:
             return
         first = map(kept.whole, (codes, scales, hidden, weight_codes, weight_scales))
         args = GemmInt8(m, n, k, r, *first, kept.matrix(up, "up"), kept.vector(bias, "bias"), added, to)
-        self._launch(codes, spelling, lambda _: launches.gemm(spelling, "int8", args))
+        self._launch(codes, spelling, lambda _: [launches.gemm(spelling, "int8", args)])
 
     def gemv_awq(
         self,
@@ -212,12 +233,38 @@ class CudaOps:
             kept.vector(bias, "bias"),
         )
         args = Gemv(m, n, k, group, kept.matrix(x, "x"), kept.whole(weight_codes), *factors, added, to)
-        self._launch(x, spelling, lambda _: launches.gemv(args))
+        self._launch(x, spelling, lambda _: [launches.gemv(args)])
+
+
+def _product(
+    kept: Kept,
+    kind: str,
+    activations: _Quantized,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    up: Tensor,
+    bias: _Some,
+) -> Gemm:
+    """What a 4-bit product multiplies, checked, without where it goes."""
+    codes, scales, hidden = activations
+    m, n, k, r = codes.shape[0], weight_codes.shape[0], weight_codes.shape[1] * 2, up.shape[-1]
+    check_columns(k)
+    if codes.dtype not in (torch.int8, torch.uint8):
+        raise ValueError(f"codes: expected int8 or uint8, got {name_of(codes.dtype)}")
+    check_types(torch.float32, hidden=hidden)
+    groups = k // GROUPS[kind]
+    check_shape(codes, "codes", m, k)
+    check_shape(scales, "scales", m, groups)
+    check_shape(weight_scales, "weight_scales", n, groups)
+    check_branch(hidden, up, bias, m, n)
+    first = kept.whole(codes), kept.matrix(scales, "scales"), kept.whole(hidden), kept.whole(weight_codes)
+    factors = kept.matrix(weight_scales, "weight_scales"), Floats(), kept.matrix(up, "up")
+    return Gemm(KINDS[kind], m, n, k, r, *first, *factors, kept.vector(bias, "bias"))
 
 
 # ---- behind torch.ops ----
 
-OPS = ("spellings", *select.LAYER_OPS)  # fused ones run apart
+OPS = ("spellings", *select.OPS)
 _registered: list[torch.library.Library] = []
 
 

@@ -15,7 +15,7 @@ import torch
 
 from .cache import Unavailable
 from .cubins import Cubin
-from .launches import Kernel, Start
+from .starts import Kernel, Start
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 MOST_UNASKED = 48 * 1024  # bytes of shared memory that every card grants

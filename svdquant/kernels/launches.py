@@ -1,8 +1,8 @@
 """Which kernel a call needs, and on how many blocks: what the host side of csrc/cuda/*.cu says, as a table.
 
 It is for kernels that NVRTC compiled, to which no C++ leads. Tests record what the C++ launches for the same calls and
-demand the same kernel, grid and parameters, to the byte. Kernels are called by their C++ names, of csrc/cuda/*.cuh;
-those for Hopper alone are left out, as machines with such cards have compilers, and fused ones, whose ops run apart.
+demand the same kernel, grid and parameters, to the byte. Those for Hopper alone are left out, as machines with such
+cards have compilers.
 """
 
 from __future__ import annotations
@@ -14,40 +14,19 @@ from functools import cache, partial
 
 import torch
 
-from .structs import DTYPES, Gemm, GemmInt8, Gemv, Quantize, QuantizeParams
-
-
-class Refused(RuntimeError):
-    """What a kernel cannot do, in half a sentence."""
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel as it is started.
-
-    header   in csrc/cuda, without its suffix
-    name     in C++, in namespace svdquant::cuda
-    threads  of a block; shared_bytes likewise
-    """
-
-    header: str
-    name: str
-    threads: int
-    shared_bytes: int
-
-
-@dataclass(frozen=True)
-class Start:
-    """One launch."""
-
-    kernel: Kernel
-    grid: tuple[int, int]
-    params: ctypes.Structure
-
-
-def _blocks(count: int, each: int) -> int:
-    return -(-count // each)
-
+from .starts import Kernel, Refused, Scratch, Start, ceil_div, check_aligned
+from .structs import (
+    DTYPES,
+    KINDS,
+    GeluParams,
+    Gemm,
+    GemmGelu,
+    GemmInt8,
+    Gemv,
+    PartsParams,
+    Quantize,
+    QuantizeParams,
+)
 
 # ---- products ----
 
@@ -61,7 +40,7 @@ class Tile:
     columns: int
 
     def blocks(self, m: int, n: int) -> int:
-        return _blocks(m, self.rows) * _blocks(n, self.columns)
+        return ceil_div(m, self.rows) * ceil_div(n, self.columns)
 
 
 LARGE, SMALL = Tile("LargeTile", 128, 64), Tile("SmallTile", 64, 64)
@@ -99,13 +78,15 @@ class Product:
     alignment: tuple[int, int]
 
     def start(self, args: ctypes.Structure) -> Start:
-        """With the tile that fills the card: 64 blocks are half a wave of a small one."""
-        _check_aligned("codes", args.codes, self.alignment[0])
-        _check_aligned("weight codes", args.weight_codes, self.alignment[1])
-        m, n = args.m, args.n
-        few = m <= 64 or self.large.tile.blocks(m, n) < 64
-        chosen = self.small if few else self.large
-        return Start(chosen.kernel, (chosen.tile.blocks(m, n), 1), args)
+        chosen = self.tiled(args)
+        return Start(chosen.kernel, (chosen.tile.blocks(args.m, args.n), 1), args)
+
+    def tiled(self, args: ctypes.Structure) -> Tiled:
+        """The kernel whose tile fills the card: 64 blocks are half a wave of a small one."""
+        check_aligned("codes", args.codes, self.alignment[0])
+        check_aligned("weight codes", args.weight_codes, self.alignment[1])
+        few = args.m <= 64 or self.large.tile.blocks(args.m, args.n) < 64
+        return self.small if few else self.large
 
 
 def _product(
@@ -139,11 +120,6 @@ PRODUCTS = {  # spelling -> kind of activation -> product
 }
 
 
-def _check_aligned(name: str, address: int | None, multiple: int) -> None:
-    if (address or 0) % multiple:
-        raise Refused(f"{name} must begin at a multiple of {multiple} bytes")
-
-
 def gemm(spelling: str, kind: str, args: Gemm | GemmInt8) -> Start:
     """A product in a spelling; kind: of activations, a key of KINDS."""
     product = PRODUCTS.get(spelling, {}).get(kind)
@@ -173,14 +149,73 @@ def quantize(kind: str, arch: int, args: Quantize) -> Start:
     """A quantizer on a card of compute capability arch / 10: by tensor cores where they take x and down."""
     if args.x.dtype == DTYPES[torch.float8_e4m3fn]:
         raise Refused("activations must be fp32, bf16 or fp16")
-    _check_aligned("codes", args.codes, 16)
+    check_aligned("codes", args.codes, 16)
     same = args.down.dtype == args.x.dtype or args.r == 0
-    tensor = {1: "kBF16" if arch >= 80 else "kF32", 2: "kF16"}.get(args.x.dtype, "kF32")
-    dtype = tensor if same else "kF32"
+    dtype = _halves(args.x.dtype, arch) if same else "kF32"
     ranks = TYPES[dtype][-1 if args.r > 32 else 0]
-    params = QuantizeParams(args, 1.0 / LARGEST_CODE[kind], *CLAMPED[kind])
-    grid = _blocks(args.m, 16), max(1, _blocks(args.r, ranks))
+    params = _quantize_params(kind, args)
+    grid = ceil_div(args.m, 16), max(1, ceil_div(args.r, ranks))
     return Start(_quantizer(kind, dtype, ranks), grid, params)
+
+
+def _halves(dtype: int, arch: int) -> str:
+    """The 16-bit type of tensor cores that numbers of a dtype have; kF32 for any other."""
+    return {1: "kBF16" if arch >= 80 else "kF32", 2: "kF16"}.get(dtype, "kF32")
+
+
+def _quantize_params(kind: str, args: Quantize) -> QuantizeParams:
+    return QuantizeParams(args, 1.0 / LARGEST_CODE[kind], *CLAMPED[kind])
+
+
+# ---- a product, GELU and the next layer's quantizer ----
+
+
+def _fused(multiplied_by: str, dtype: str) -> Product:
+    return _product("gemm_int4_gelu", f"gemm_gelu_kernel<{{}}, {multiplied_by}, DType::{dtype}>", _int4_bytes)
+
+
+FUSED = {  # spelling -> 16-bit type of activations -> product
+    "gelu_s4": {dtype: _fused("Int4Product<false>", dtype) for dtype in ("kF16", "kBF16")},
+    "gelu_sm75": {"kF16": _fused("Int4Product<false>", "kF16")},
+    "gelu_s8": {dtype: _fused("Int8Product", dtype) for dtype in ("kF16", "kBF16")},
+}
+ADD_PARTS = Kernel("gemm_int4_gelu", "add_parts_kernel<256>", 256, 0)
+
+
+def gemm_gelu(spelling: str, arch: int, args: GemmGelu, kind: str, scratch: Scratch) -> Iterator[Start]:
+    """W4A4, GELU and the quantizer of activations of a kind; hidden values in parts first where blocks share a row."""
+    product, following = args.product, args.next
+    _check_fused(arch, product, following)
+    found = FUSED.get(spelling, {}).get(_halves(following.x.dtype, arch))
+    if found is None:
+        raise Refused("it has no such product")
+    chosen = found.tiled(product)
+    check_aligned("codes", following.codes, 16)
+    rows, tiles = ceil_div(product.m, chosen.tile.rows), product.n // chosen.tile.columns
+    walk = _tiles_a_walk(rows, tiles) if chosen is found.large else 1
+    runs, size = ceil_div(tiles, walk), product.m * following.r
+    apart = runs > 1 and size > 0
+    parts = scratch(4 * runs * size) if apart else following.hidden
+    params = GeluParams(product, _quantize_params(kind, following), parts, walk)
+    yield Start(chosen.kernel, (rows * runs, 1), params)
+    if apart:
+        yield Start(ADD_PARTS, (ceil_div(size, 256), 1), PartsParams(parts, following.hidden, runs, size))
+
+
+def _check_fused(arch: int, product: Gemm, following: Quantize) -> None:
+    if _halves(following.x.dtype, arch) == "kF32":
+        raise Refused("activations must be fp16, or bf16")
+    if following.r and following.down.dtype != following.x.dtype:
+        raise Refused("down must be of the activations' type")
+    if product.n % 64:
+        raise Refused("N must be a multiple of 64")
+    if product.kind != KINDS["int4"]:
+        raise Refused("the first layer's codes must be signed")
+
+
+def _tiles_a_walk(rows: int, tiles: int) -> int:
+    """Fewer parts are less memory to go through, but 1536 blocks must remain, or some wait for the last ones."""
+    return min(max(rows * tiles // 1536, 1), 16)
 
 
 # ---- AWQ: 32 outputs a block of 256 threads, and so many tokens ----
@@ -195,9 +230,9 @@ def _gemv(tokens: int) -> Kernel:
 
 def gemv(args: Gemv) -> Start:
     """An AWQ product."""
-    _check_aligned("weight codes", args.weight_codes, 4)
+    check_aligned("weight codes", args.weight_codes, 4)
     tokens = next((few for few in TOKENS if args.m <= few), TOKENS[-1])
-    return Start(_gemv(tokens), (_blocks(args.n, 32), _blocks(args.m, tokens)), args)
+    return Start(_gemv(tokens), (ceil_div(args.n, 32), ceil_div(args.m, tokens)), args)
 
 
 # ---- all there are ----
@@ -208,6 +243,8 @@ def kernels(arch: int) -> Iterator[Kernel]:
     products = [INT4_WIDE, INT8, NVFP4]
     products += [INT4, UINT4] if arch < 90 else []
     products += [MXF4] if arch // 10 == 12 else []
+    fused = ["gelu_s8"] if arch >= 90 else ["gelu_s4", "gelu_s8"] if arch >= 80 else ["gelu_sm75"]
+    products += [product for spelling in fused for product in FUSED[spelling].values()]
     for product in products:
         yield from (product.large.kernel, product.small.kernel)
     for kind in ("int4", "nvfp4", "int8"):
@@ -215,3 +252,4 @@ def kernels(arch: int) -> Iterator[Kernel]:
             if dtype != "kBF16" or arch >= 80:
                 yield from map(partial(_quantizer, kind, dtype), ranks)
     yield from map(_gemv, TOKENS)
+    yield ADD_PARTS

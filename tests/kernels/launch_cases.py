@@ -29,7 +29,7 @@ def cases(arch: int) -> dict[str, Case]:
         for dtype in (BF16, F16, F32):
             found |= {f"{name}-{op}-{dtype}": (op, arguments) for op, arguments in _quantizers(shape, dtype)}
             found |= {f"{name}-{op}-{dtype}": (op, arguments) for op, arguments in _products(shape, dtype)}
-    return found | _unusual() | _gemvs() | _of_card(arch)
+    return found | _unusual() | _gemvs() | _of_card(arch) | _gelus(arch)
 
 
 def _quantizers(shape: tuple[int, ...], dtype: torch.dtype) -> list[Case]:
@@ -143,3 +143,53 @@ def _gemvs() -> dict[str, Case]:
             arguments = (torch.zeros(m, k, dtype=dtype), codes, scales, scales.clone(), bias, *to, "gemv")
             found[f"gemv-{m}-tokens-group-{group}"] = ("gemv_awq", arguments)
     return found
+
+
+def _gelus(arch: int) -> dict[str, Case]:
+    """From one layer's product to the next layer's activations: tiles, walks, types, and what is refused."""
+    shapes = {  # M, N, K, R of the next layer
+        "one-block-a-row": (5, 64, 64, 8),
+        "two-blocks-a-row": (5, 128, 64, 8),
+        "parts-of-no-ranks": (5, 128, 64, 0),
+        "large-tile": (129, 2048, 128, 33),
+        "walks-of-two": (4096, 6144, 64, 4),
+        "walks-that-do-not-divide": (8192, 4672, 64, 1),
+        "longest-walk": (16384, 12288, 64, 1),
+        "of-no-tokens": (0, 64, 64, 4),
+        "of-no-outputs": (3, 0, 64, 4),
+    }
+    spellings = ("gelu_s8",) if arch >= 90 else ("gelu_sm75",) if arch < 80 else ("gelu_s4", "gelu_s8")
+    found = {}
+    for name, shape in shapes.items():
+        for dtype in (BF16, F16, F32):
+            for i, spelling in enumerate(spellings):
+                found[f"gelu-{name}-{dtype}-{i}"] = gelu(
+                    shape, dtype, spelling, shift=0.0 if dtype == BF16 else 0.171875
+                )
+    whole = gelu((5, 128, 64, 8), F16, spellings[0])[1]
+    down = whole[8]
+    late = torch.zeros(5 * 64 + 8, dtype=torch.int8)[8:].view(5, 64)
+    changes = {
+        "codes-not-aligned": (0, late),
+        "down-of-another-dtype": (8, down.float()),
+        "down-by-columns": (8, torch.zeros(128, 8, dtype=F16).t()),
+        "smooth-of-64-bits": (7, torch.ones(128).double()),
+        "without-bias": (6, None),
+        "up-is-a-view": (5, torch.zeros(128, 32)[:, 16:32]),
+    }
+    for name, (index, value) in changes.items():
+        found[f"gelu-{name}"] = "gemm_int4_gelu", (*whole[:index], value, *whole[index + 1 :])
+    return found
+
+
+def gelu(shape: tuple[int, ...], dtype: torch.dtype, spelling: str, shift: float = 0.171875) -> Case:
+    """A call with the M, N, K and next R of a shape."""
+    m, n, k, r = shape
+    acts = torch.zeros(m, k, dtype=torch.int8), torch.zeros(m, k // 64, dtype=dtype), torch.zeros(m, 16)
+    bias, smooth, down = (
+        torch.zeros(n, dtype=dtype),
+        torch.ones(n, dtype=dtype),
+        torch.zeros(r, n, dtype=dtype),
+    )
+    weights = _weights(n, k // 2, k // 64, 16, dtype)
+    return "gemm_int4_gelu", (*acts, *weights, bias, smooth, down, shift, dtype, spelling)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ pack.alias()
 
 import torch  # noqa: E402
 
-from svdquant_nodes.svdquant.kernels import cuda_ops, launches, ops, structs  # noqa: E402
+from svdquant_nodes.svdquant.kernels import arguments, cuda_ops, launches, ops, structs  # noqa: E402
 from svdquant_nodes.tests.kernels.fake_driver import Grid  # noqa: E402
 from svdquant_nodes.tests.kernels.launch_cases import cases  # noqa: E402
 
-PARAMS = {  # header of a kernel -> what it takes
+PARAMS = {  # header or name of a kernel -> what it takes, where that is not Gemm
+    "add_parts_kernel<256>": structs.PartsParams,
     "quantize": structs.QuantizeParams,
     "quantize_int8": structs.QuantizeParams,
+    "gemm_int4_gelu": structs.GeluParams,
     "gemm_w8a8": structs.GemmInt8,
     "gemv_awq": structs.Gemv,
 }
@@ -41,21 +44,73 @@ class Recording:
         self.starts.append(start)
 
 
-def fields(struct: ctypes.Structure, known: dict[int, str], path: str = "") -> dict[str, Any]:
-    """Every number in a struct by its path; an address by the tensor that begins there, "new" for all others."""
-    found: dict[str, Any] = {}
-    for name, kind in struct._fields_:
-        value, where = getattr(struct, name), f"{path}{name}"
-        if issubclass(kind, ctypes.Structure):
-            found |= fields(value, known, f"{where}.")
-        elif kind is ctypes.c_void_p:
-            found[where] = known.get(value, "new") if value else None
-        else:
-            found[where] = value
+class Allocations(list):
+    """(address, bytes) of the Python side's scratch memory, while it is entered."""
+
+    def __enter__(self) -> Allocations:
+        self._scratch = arguments.Kept.scratch
+        arguments.Kept.scratch = lambda *of: self._record(*of)  # a function, which becomes a method
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        arguments.Kept.scratch = self._scratch
+
+    def _record(self, kept: arguments.Kept, like: torch.Tensor, size: int) -> int:
+        self.append((self._scratch(kept, like, size), size))
+        return self[-1][0]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Names for addresses, the same on both sides.
+
+    tensors   address -> name: of arguments and results
+    scratch   (address, bytes)
+    """
+
+    tensors: dict[int, str]
+    scratch: list[tuple[int, int]]
+
+    def name(self, address: int | None) -> str | None:
+        for i, (begin, size) in enumerate(self.scratch):
+            if begin <= (address or 0) < begin + size:
+                return f"scratch {i} + {address - begin}"
+        return self.tensors.get(address, "a copy") if address else None
+
+    def fields(self, struct: ctypes.Structure, path: str = "") -> dict[str, Any]:
+        """Every number in a struct by its path, addresses by their names."""
+        found: dict[str, Any] = {}
+        for name, kind in struct._fields_:
+            value, where = getattr(struct, name), f"{path}{name}"
+            if issubclass(kind, ctypes.Structure):
+                found |= self.fields(value, f"{where}.")
+            else:
+                found[where] = self.name(value) if kind is ctypes.c_void_p else value
+        return found
+
+
+def memory(arguments_: tuple[Any, ...], made: Any, scratch: list[tuple[int, int]]) -> Memory:
+    tensors = {"argument": arguments_, "result": made if isinstance(made, tuple) else ()}
+    named = {
+        t.data_ptr(): f"{what} {i}"
+        for what, some in tensors.items()
+        for i, t in enumerate(some)
+        if isinstance(t, torch.Tensor) and t.numel()
+    }
+    return Memory(named, scratch)
+
+
+def allocations(library: ctypes.CDLL) -> list[tuple[int, int]]:
+    """The C++ side's scratch memory."""
+    library.allocation.restype, found = ctypes.c_int64, []
+    for i in range(library.allocations()):
+        at = ctypes.c_void_p()
+        size = library.allocation(i, ctypes.byref(at))
+        found.append((at.value, size))
     return found
 
 
-def of_cpp(library: ctypes.CDLL, known: dict[int, str], arch: int) -> list[Any]:
+def of_cpp(library: ctypes.CDLL, there: Memory, arch: int) -> list[Any]:
     headers = {kernel.name: kernel.header for kernel in launches.kernels(arch)}
     library.recorded_name.restype = ctypes.c_char_p
     found = []
@@ -63,18 +118,18 @@ def of_cpp(library: ctypes.CDLL, known: dict[int, str], arch: int) -> list[Any]:
         name, grid, data = library.recorded_name(i).decode(), Grid(), ctypes.c_void_p()
         library.recorded_grid(i, ctypes.byref(grid))
         size = library.recorded_params(i, ctypes.byref(data))
-        kind = PARAMS.get(headers.get(name, ""), structs.Gemm)
-        params = fields(kind.from_address(data.value), known)
+        kind = PARAMS.get(name) or PARAMS.get(headers.get(name, ""), structs.Gemm)
+        params = there.fields(kind.from_address(data.value))
         found.append([name, [grid.x, grid.y], grid.threads, grid.shared_bytes, size, params])
     return found
 
 
-def of_python(starts: list[launches.Start], known: dict[int, str]) -> list[Any]:
+def of_python(starts: list[launches.Start], there: Memory) -> list[Any]:
     found = []
     for start in starts:
         kernel, params = start.kernel, start.params
         shape = kernel.name, list(start.grid), kernel.threads, kernel.shared_bytes
-        found.append([*shape, ctypes.sizeof(params), fields(params, known)])
+        found.append([*shape, ctypes.sizeof(params), there.fields(params)])
     return found
 
 
@@ -85,22 +140,31 @@ def outcome(call: Any, arguments: tuple[Any, ...]) -> tuple[Any, str]:
         return None, str(error).splitlines()[0]
 
 
+def by_cpp(loaded: ctypes.CDLL, arch: int, op: str, given: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    """What the C++ side did, and what came back."""
+    loaded.record(True)
+    made, problem = outcome(getattr(torch.ops.svdquant, op), given)
+    scratch = allocations(loaded)
+    did = of_cpp(loaded, memory(given, made, scratch), arch)
+    return [*did, *[size for _, size in scratch], problem], results(made)
+
+
+def by_python(arch: int, op: str, given: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    card = Recording(arch)
+    with Allocations() as scratch:
+        made, problem = outcome(getattr(cuda_ops.CudaOps(lambda _: card), op), given)
+    did = of_python(card.starts, memory(given, made, scratch))
+    return [*did, *[size for _, size in scratch], problem], results(made)
+
+
 def main(emulator: str, library: str, arch: int) -> None:
     loaded = ctypes.CDLL(emulator, ctypes.RTLD_GLOBAL)
     ops.declare()
     torch.ops.load_library(library)
     said = {}
-    for name, (op, arguments) in cases(arch).items():
-        known = {
-            t.data_ptr(): str(i) for i, t in enumerate(arguments) if isinstance(t, torch.Tensor) and t.numel()
-        }
-        loaded.record(True)
-        made, problem = outcome(getattr(torch.ops.svdquant, op), arguments)
-        cpp = of_cpp(loaded, known, arch) + ([problem] if problem else [])
-        card = Recording(arch)
-        also_made, problem = outcome(getattr(cuda_ops.CudaOps(lambda _, card=card: card), op), arguments)
-        python = of_python(card.starts, known) + ([problem] if problem else [])
-        said[name] = dict(cpp=cpp, python=python, results=[results(made), results(also_made)])
+    for name, (op, given) in cases(arch).items():
+        sides = by_cpp(loaded, arch, op, given), by_python(arch, op, given)
+        said[name] = dict(cpp=sides[0][0], python=sides[1][0], results=[made for _, made in sides])
     print(json.dumps(said))
 
 

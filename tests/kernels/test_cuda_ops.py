@@ -14,13 +14,15 @@ import torch
 from svdquant_nodes.svdquant.core import linear, reference
 from svdquant_nodes.svdquant.kernels import cuda_ops, launches, ops, select, selftest
 from svdquant_nodes.tests import layers
-from svdquant_nodes.tests.kernels import test_ops
-from svdquant_nodes.tests.kernels.emulated import COMPILER
+from svdquant_nodes.tests.kernels import launch_cases, test_cuda_gelu, test_ops
+from svdquant_nodes.tests.kernels.emulated import COMPILER, Kernels
 from svdquant_nodes.tests.kernels.fake_driver import STREAM, Functions, card
 from svdquant_nodes.tests.tolerances import assert_close
 
 emulated = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
 SPELLINGS = {"mma_sm75": 75, "mma_s8": 120, "mxf4_sm120": 120, "mma_f16": 75, "gemv": 120}
+FUSED = {"gelu_sm75": ("int4", 75, torch.float16), "gelu_s4": ("int4", 80, torch.bfloat16)}
+FUSED |= {"gelu_s8": ("int8", 120, torch.bfloat16)}
 
 
 def op_set(arch, spelling, functions=None):
@@ -32,7 +34,7 @@ def op_set(arch, spelling, functions=None):
         def _choose(self, *_: object) -> str:
             return spelling
 
-    return SimpleNamespace(**{name: _over(space, getattr(Named(), name)) for name in select.LAYER_OPS})
+    return SimpleNamespace(**{name: _over(space, getattr(Named(), name)) for name in select.OPS})
 
 
 def _over(space, method):
@@ -64,6 +66,19 @@ def test_layer(row, dtype):
 
 
 @emulated
+@pytest.mark.parametrize("shape", ["m=17-tail", "m=66-two-rows-of-tiles", "m=0-empty"])
+@pytest.mark.parametrize(("spelling", "at"), FUSED.items(), ids=FUSED)
+def test_two_layers_around_a_gelu(spelling, at, shape):
+    """The same bits as through the C++ launches."""
+    product, arch, dtype = at
+    given = test_cuda_gelu.pair(*test_cuda_gelu.SHAPES[shape], dtype)
+    want = Kernels(arch).gemm_gelu(product, *given, dtype=dtype)
+    got = op_set(arch, spelling).gemm_int4_gelu(*given, dtype=dtype)
+    assert [t.dtype for t in got] == [t.dtype for t in want]
+    assert all(map(torch.equal, got, want))
+
+
+@emulated
 def test_the_self_test_takes_it_for_a_card(monkeypatch):
     """The small ones of its layers: every convention between the ops and the kernels in one."""
     monkeypatch.setattr(selftest, "CASES", [case for case in selftest.CASES if case.n < 100])
@@ -86,15 +101,50 @@ def test_bad_arguments_are_named(name, which, index, value, message):
             op(*test_ops.change(arguments, index, value))
 
 
+BAD_PAIRS = {  # argument, value, message
+    "codes-unsigned": (0, torch.zeros(5, 64).byte(), "codes: expected int8, got uint8"),
+    "rows-not-in-groups": (
+        3,
+        torch.zeros(96, 32).byte(),
+        "weight_codes: expected rows in groups of 64, got 96",
+    ),
+    "smooth-of-other-n": (7, torch.ones(64), r"next_smooth: expected shape \[128\], got \[64\]"),
+    "down-of-other-n": (8, torch.ones(8, 64), r"next_down: expected shape \[8, 128\], got \[8, 64\]"),
+    "of-integers": (10, torch.int8, "dtype: expected a float of 32, 16 or 8 bits, got int8"),
+}
+
+
+@pytest.mark.parametrize(("index", "value", "message"), BAD_PAIRS.values(), ids=BAD_PAIRS)
+def test_bad_arguments_of_two_layers_are_named(index, value, message):
+    _, given = launch_cases.gelu((5, 128, 64, 8), torch.float16, "gelu_s4")
+    given = [*given[:index], value, *given[index + 1 :]]
+    if index == 3:  # whose other tensors have as many rows
+        given[4:7] = torch.zeros(96, 1), torch.zeros(96, 16), None
+    with pytest.raises(ValueError, match=message):
+        cuda_ops.CudaOps(lambda _: card(80, Functions())).gemm_int4_gelu(*given)
+
+
+def test_two_layers_through_torch():
+    """torch hands over the dtype as it was given."""
+    _, given = launch_cases.gelu((5, 128, 64, 8), torch.float16, "gelu_s4")
+    functions = Functions()
+    space = cuda_ops.CudaOps(lambda _: card(80, functions))
+    ops.declare()
+    with torch.library._scoped_library("svdquant", "IMPL") as library:
+        library.impl("gemm_int4_gelu", space.gemm_int4_gelu, "CPU")
+        made = torch.ops.svdquant.gemm_int4_gelu(*given)
+    assert [t.dtype for t in made] == [torch.uint8, torch.float16, torch.float32]
+    assert len(functions.launched) == 2
+
+
 def test_every_op_has_the_arguments_of_its_schema():
-    schemas = [schema for schema in ops.SCHEMAS if schema.partition("(")[0] not in select.FUSED_OPS]
-    for schema in schemas:
+    for schema in ops.SCHEMAS:
         name, _, rest = schema.partition("(")
         count = rest.rpartition(") -> ")[0].count(",") + 1
         parameters = inspect.signature(getattr(cuda_ops.CudaOps, name)).parameters.values()
         many = any(p.kind == p.VAR_POSITIONAL for p in parameters)
         assert many or len(parameters) - 1 == count
-    assert {schema.partition("(")[0] for schema in schemas} == set(cuda_ops.OPS)
+    assert {schema.partition("(")[0] for schema in ops.SCHEMAS} == set(cuda_ops.OPS)
 
 
 REFUSED = {
@@ -146,5 +196,5 @@ def test_spellings_of_a_card_are_the_rows_of_the_table(arch):
     listed = space.spellings(torch.empty(0)).split()
     here = select.Device("cuda", capability=divmod(arch, 10))
     rows = [row.name for row in select.SPELLINGS if row.device == "cuda" and not row.needs(here)]
-    assert listed == [name for name in rows if not name.startswith(("wgmma", "gelu"))]
-    assert set(listed) - {"gemv"} <= launches.PRODUCTS.keys()
+    assert listed == [name for name in rows if not name.startswith("wgmma")]
+    assert set(listed) - {"gemv"} <= launches.PRODUCTS.keys() | launches.FUSED.keys()

@@ -21,6 +21,11 @@ struct Launched {
   std::vector<unsigned char> params;
 };
 
+struct Allocated {
+  const void* at;
+  int64_t bytes;
+};
+
 struct Named {
   std::string name;
   const void* kernel;
@@ -30,6 +35,7 @@ struct Named {
 struct Launches {
   bool recording = false;
   std::vector<Launched> recorded;
+  std::vector<Allocated> allocated;  // scratch memory for them
   std::vector<Named> named;
 
   static Launches& current() {
@@ -44,6 +50,11 @@ struct Launches {
     return "a kernel without a name";
   }
 };
+
+inline void allocated(const void* at, int64_t bytes) {
+  Launches& all = Launches::current();
+  if (all.recording) all.allocated.push_back({at, bytes});
+}
 
 template <class Params>
 const char* run(void (*kernel)(Params), const Params& params, const Grid& grid) {

@@ -2,7 +2,7 @@
 #include <cstddef>
 
 #include "launches.h"
-#include "quantize.cuh"
+#include "gemm_int4_gelu.cuh"
 
 using namespace svdquant;
 using emulator::Launches;
@@ -15,7 +15,9 @@ struct Field {
 };
 
 #define FIELD(STRUCT, NAME) {#STRUCT, #NAME, offsetof(STRUCT, NAME), sizeof(STRUCT::NAME)}
-using QuantizeParams = cuda::QuantizeParams;
+using cuda::GeluParams;
+using cuda::PartsParams;
+using cuda::QuantizeParams;
 const Field kFields[] = {
     FIELD(Floats, data), FIELD(Floats, dtype), FIELD(Floats, stride),
     FIELD(Output, data), FIELD(Output, dtype), FIELD(Output, stride),
@@ -26,6 +28,8 @@ const Field kFields[] = {
     FIELD(Gemm, kind), FIELD(Gemm, m), FIELD(Gemm, n), FIELD(Gemm, k), FIELD(Gemm, r), FIELD(Gemm, codes),
     FIELD(Gemm, scales), FIELD(Gemm, hidden), FIELD(Gemm, weight_codes), FIELD(Gemm, weight_scales),
     FIELD(Gemm, second_scale), FIELD(Gemm, up), FIELD(Gemm, bias), FIELD(Gemm, addend), FIELD(Gemm, out),
+    FIELD(GeluParams, product), FIELD(GeluParams, next), FIELD(GeluParams, parts), FIELD(GeluParams, walk),
+    FIELD(PartsParams, parts), FIELD(PartsParams, sums), FIELD(PartsParams, count), FIELD(PartsParams, size),
     FIELD(GemmInt8, m), FIELD(GemmInt8, n), FIELD(GemmInt8, k), FIELD(GemmInt8, r), FIELD(GemmInt8, codes),
     FIELD(GemmInt8, scales), FIELD(GemmInt8, hidden), FIELD(GemmInt8, weight_codes), FIELD(GemmInt8, weight_scales),
     FIELD(GemmInt8, up), FIELD(GemmInt8, bias), FIELD(GemmInt8, addend), FIELD(GemmInt8, out),
@@ -51,6 +55,7 @@ const char* layout() {
 void record(bool yes) {
   Launches::current().recording = yes;
   Launches::current().recorded.clear();
+  Launches::current().allocated.clear();
 }
 
 int recorded() { return static_cast<int>(Launches::current().recorded.size()); }
@@ -60,6 +65,12 @@ int recorded_params(int i, const unsigned char** to) {
   const auto& params = Launches::current().recorded[i].params;
   *to = params.data();
   return static_cast<int>(params.size());
+}
+
+int allocations() { return static_cast<int>(Launches::current().allocated.size()); }
+int64_t allocation(int i, const void** at) {
+  *at = Launches::current().allocated[i].at;
+  return Launches::current().allocated[i].bytes;
 }
 
 const char* launch(const char* name, const emulator::Grid* grid, const void* params) {
