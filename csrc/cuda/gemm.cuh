@@ -64,7 +64,7 @@ using Sums = float[T::kMs][T::kNs][4];
 
 // One step's codes into a stage; rows that do not exist, and columns beyond K, become zeros.
 template <class T>
-__device__ __forceinline__ void copy_codes(const Gemm& p, const Place<T>& place, int64_t step, char* stage) {
+__device__ __forceinline__ void copy_codes(const Gemm& p, const Place<T>& place, int step, char* stage) {
   constexpr int kPieces = kStep / 16;  // 16 bytes of activations, 8 of weights
   const char* acts = static_cast<const char*>(p.codes);
   for (int i = threadIdx.x; i < T::kM * kPieces; i += T::kThreads) {
@@ -83,16 +83,16 @@ __device__ __forceinline__ void copy_codes(const Gemm& p, const Place<T>& place,
 // Multiply all steps. The stage that is refilled is the one all warps left before the barrier: never refill first, or
 // a slow warp reads the next step's codes.
 template <class Loop>
-__device__ __forceinline__ void run_pipeline(Loop& loop, int64_t steps) {
-  for (int64_t step = 0; step < kStages - 1; ++step) {
+__device__ __forceinline__ void run_pipeline(Loop& loop, int steps) {
+  for (int step = 0; step < kStages - 1; ++step) {
     if (step < steps) loop.copy(step, static_cast<int>(step));
     cp_async_commit();
   }
   int stage = 0;
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     cp_async_wait<kStages - 2>();
     barrier();
-    const int64_t next = step + kStages - 1;
+    const int next = step + kStages - 1;
     if (next < steps) loop.copy(next, stage ? stage - 1 : kStages - 1);
     cp_async_commit();
     loop.multiply(step, stage);

@@ -93,26 +93,26 @@ struct Int4Loop {
   const Place<T>& place;
   char* memory;
   float* scales;  // [2 * kGroupsAhead][rows of the block, then its columns]
-  int64_t groups;
+  int groups;
   Sums<T> sums = {};
 
   __device__ __forceinline__ Int4Loop(const Gemm& args, const Place<T>& at) : p(args), place(at) {
     memory = shared_memory();
     scales = reinterpret_cast<float*>(memory + kStages * T::kStageBytes);
-    groups = p.k / kStep;
+    groups = static_cast<int>(p.k / kStep);
     load_scales(0);  // run_pipeline's first barrier makes them seen
   }
 
   // kGroupsAhead scales of each row and column of the block, from the group's number on. Neighbouring lanes take
   // neighbouring groups of a row.
-  __device__ __forceinline__ void load_scales(int64_t first) {
+  __device__ __forceinline__ void load_scales(int first) {
 #pragma unroll 2
     for (int i = threadIdx.x; i < kScaleRow * kGroupsAhead; i += T::kThreads) {
       const int slot = i / kGroupsAhead;
       const bool is_weight = slot >= T::kM;
       const Floats from = is_weight ? p.weight_scales : p.scales;
       const int64_t row = is_weight ? place.column0 + slot - T::kM : place.row0 + slot;
-      const int64_t group = first + i % kGroupsAhead;
+      const int group = first + i % kGroupsAhead;
       float scale = 0.0f;
       if (row < (is_weight ? p.n : p.m) && group < groups) {
         scale = load_one(from.data, from.dtype, row * from.stride + group);
@@ -122,11 +122,11 @@ struct Int4Loop {
     }
   }
 
-  __device__ __forceinline__ void copy(int64_t step, int stage) {
+  __device__ __forceinline__ void copy(int step, int stage) {
     copy_codes<T>(p, place, step, memory + stage * T::kStageBytes);
   }
 
-  __device__ __forceinline__ void multiply(int64_t step, int stage) {
+  __device__ __forceinline__ void multiply(int step, int stage) {
     // The half that the next groups' scales go to was read last before this step's barrier.
     if (step % kGroupsAhead == 0 && step + kGroupsAhead < groups) load_scales(step + kGroupsAhead);
     multiply_step(memory + stage * T::kStageBytes, scales + step % kScaleRows * kScaleRow);

@@ -53,7 +53,7 @@ struct Mxf4Loop : NvFp4Stages<T> {
     scales = magnitudes(scales);
   }
 
-  __device__ __forceinline__ void multiply(int64_t, int stage) {
+  __device__ __forceinline__ void multiply(int, int stage) {
     const char* codes = memory + stage * T::kStageBytes;
     const char* scales = this->scales_of(stage);
     unsigned b[T::kNs][2], b_scales[T::kNs];

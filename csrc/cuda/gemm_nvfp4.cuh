@@ -32,7 +32,7 @@ template <class T>
 struct NvFp4Loop : NvFp4Stages<T> {
   using NvFp4Stages<T>::NvFp4Stages, NvFp4Stages<T>::place, NvFp4Stages<T>::memory, NvFp4Stages<T>::sums;
 
-  __device__ __forceinline__ void multiply(int64_t, int stage) {
+  __device__ __forceinline__ void multiply(int, int stage) {
     const char* codes = memory + stage * T::kStageBytes;
     const uint4* acts = reinterpret_cast<const uint4*>(codes);
     const uint2* weights = reinterpret_cast<const uint2*>(codes + T::kM * kStep);

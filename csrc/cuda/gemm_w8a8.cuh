@@ -42,7 +42,7 @@ struct Int8Loop {
 
   // One step of one operand into a stage; rows that do not exist, and columns beyond K, become zeros.
   template <int kRows>
-  __device__ __forceinline__ void copy_rows(const int8_t* codes, int64_t row0, int64_t rows, int64_t step, char* to) {
+  __device__ __forceinline__ void copy_rows(const int8_t* codes, int64_t row0, int64_t rows, int step, char* to) {
     for (int i = threadIdx.x; i < kRows * kPieces; i += T::kThreads) {
       const int64_t row = row0 + i / kPieces, column = step * kStep + i % kPieces * 16;
       const bool exists = row < rows && column < p.k;
@@ -50,14 +50,14 @@ struct Int8Loop {
     }
   }
 
-  __device__ __forceinline__ void copy(int64_t step, int stage) {
+  __device__ __forceinline__ void copy(int step, int stage) {
     char* to = memory + stage * T::kStageBytes;
     copy_rows<T::kM>(p.codes, place.row0, p.m, step, to);
     copy_rows<T::kN>(p.weight_codes, place.column0, p.n, step, to + T::kM * kStep);
   }
 
   // A lane's 16 columns are two products of 32: words 0 and 1 of every lane, then words 2 and 3.
-  __device__ __forceinline__ void multiply(int64_t, int stage) {
+  __device__ __forceinline__ void multiply(int, int stage) {
     const uint4* acts = reinterpret_cast<const uint4*>(memory + stage * T::kStageBytes);
     const uint4* weights = acts + T::kM * kPieces;
     uint4 b[T::kNs];
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(T::kThreads, 2) gemm_int8_kernel(GemmInt8 p) {
   Sums<T> sums;
   {
     Int8Loop<T> loop(p, place);
-    run_pipeline(loop, ceil_div(p.k, kStep));
+    run_pipeline(loop, static_cast<int>(ceil_div(p.k, kStep)));
     loop.scale(sums);
   }
   add_branch<T>(p, place, sums);

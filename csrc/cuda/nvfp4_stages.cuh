@@ -37,7 +37,7 @@ struct NvFp4Stages {
   }
 
   // A row's scales of a step, or nullptr where there is no such row.
-  __device__ __forceinline__ const unsigned char* scales_at(int64_t step, int slot) const {
+  __device__ __forceinline__ const unsigned char* scales_at(int step, int slot) const {
     const bool is_weight = slot >= T::kM;
     const Floats& from = is_weight ? p.weight_scales : p.scales;
     const int64_t row = is_weight ? place.column0 + slot - T::kM : place.row0 + slot;
@@ -45,7 +45,7 @@ struct NvFp4Stages {
     return static_cast<const unsigned char*>(from.data) + row * from.stride + step * kGroups;
   }
 
-  __device__ __forceinline__ void copy(int64_t step, int stage) {
+  __device__ __forceinline__ void copy(int step, int stage) {
     copy_codes<T>(p, place, step, memory + stage * T::kStageBytes);
     if (words && (step + 1) * kStep <= p.k) {
       copy_scales(step, scales_of(stage));
@@ -54,7 +54,7 @@ struct NvFp4Stages {
     }
   }
 
-  __device__ __forceinline__ void copy_scales(int64_t step, char* to) {
+  __device__ __forceinline__ void copy_scales(int step, char* to) {
     for (int slot = threadIdx.x; slot < kScaleRows; slot += T::kThreads) {
       const unsigned char* from = scales_at(step, slot);
       cp_async<kGroups>(to + slot * kGroups, from ? from : p.scales.data, from != nullptr);
@@ -62,7 +62,7 @@ struct NvFp4Stages {
   }
 
   // At any address, and zeros beyond K.
-  __device__ __forceinline__ void copy_scales_by_bytes(int64_t step, char* to) {
+  __device__ __forceinline__ void copy_scales_by_bytes(int step, char* to) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kScaleBytes; i += T::kThreads) {
       const unsigned char* from = scales_at(step, i / kGroups);
@@ -96,7 +96,7 @@ template <class T, class Loop>
 __device__ __forceinline__ void multiply_tile(const Gemm& p) {
   const Place<T> place(p.m);
   Loop loop(p, place);
-  run_pipeline(loop, ceil_div(p.k, kStep));
+  run_pipeline(loop, static_cast<int>(ceil_div(p.k, kStep)));
   loop.multiply_second_scale();
   add_branch<T>(p, place, loop.sums);
   store_sums<T>(p, place, loop.sums);

@@ -12,8 +12,6 @@ import pytest
 from svdquant_nodes.svdquant.kernels import cubins, launches, nvrtc
 
 CARDS = ("75", "80", "86", "89", "90a", "100a", "120a")
-# Bytes: four registers of a kernel that fills all it may have, where nvcc's just fit.
-SPILLED = {("100a", "gemm_int4_kernel<LargeTile, Int8Product>"): 16}
 
 
 def library() -> Path | None:
@@ -52,8 +50,7 @@ def test_compiles_without_spills(unit, card):
     except nvrtc.Failed:
         pytest.fail(program.words(), pytrace=False)
     spills = re.findall(r"(\d+) bytes spill stores, \d+ bytes spill loads", program.words())
-    allowed = [SPILLED.get((card, name), 0) for name in unit.names]
-    assert sorted(map(int, spills)) == sorted(allowed)
+    assert list(map(int, spills)) == [0] * len(unit.names)
     code = program.cubin()
     assert all(found.encode() in code for found in program.kernels().values())
     assert list(program.kernels()) == list(unit.names)
