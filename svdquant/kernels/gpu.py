@@ -9,6 +9,7 @@ there is another driver.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,7 +31,8 @@ from .settings import settings
 log = logging.getLogger("svdquant-nodes")
 
 TRIAL_SECONDS = 180  # a trial takes ten; a kernel that hangs stops itself after twenty
-PACK = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+PACK = HERE.parents[1]
 # The pack under a name of its own: in the host it is called as its folder is.
 _TRIAL = (
     "import sys, types; pack = types.ModuleType('svdquant_nodes'); pack.__path__ = [sys.argv[1]]; "
@@ -105,15 +108,22 @@ class Verdict:
 
 
 def verdict(found: select.Device, library: Path, index: int) -> Verdict:
-    """What a trial of a library on a GPU finds, or has found under the same driver."""
+    """What a trial of a library on a GPU finds, or has found under the same driver, by the same Python."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_properties(index).name)
     of = f"torch-{torch.__version__}" if found.missing else library.stem
-    kept = library.with_name(f"{of}-{name}-{_driver()}.json")
+    kept = library.with_name(f"{of}-{name}-{_driver()}-{sources(HERE)}.json")
     known = _recall(kept)
     if known is None:
         known = judge(index)
         _keep(kept, known)
     return known
+
+
+@cache
+def sources(folder: Path) -> str:
+    """Eight hex digits of the Python that starts kernels, computes without them (scaled.py), and judges."""
+    files = sorted(folder.glob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def _driver() -> int:

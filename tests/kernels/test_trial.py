@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from svdquant_nodes.tests.kernels.fake_driver import Functions
 
 HOPPER = select.Device("cuda", capability=(9, 0))
 DONE = {"done": ""}
+PYTHON = gpu.sources(gpu.HERE)
 
 
 def script(monkeypatch, *trials):
@@ -171,7 +173,9 @@ def test_a_verdict_is_kept_beside_the_library_and_told_at_every_start(monkeypatc
     with caplog.at_level(logging.WARNING, logger="svdquant-nodes"):
         first, second = (gpu.trusted(HOPPER, library, 0) for _ in range(2))
     assert first == second and first.distrusted == {"wgmma_e4m3_x4"} and not first.missing
-    assert [file.name for file in tmp_path.iterdir()] == ["svdquant-cuda-NVIDIA-H100-80GB--13000.json"]
+    assert [file.name for file in tmp_path.iterdir()] == [
+        f"svdquant-cuda-NVIDIA-H100-80GB--13000-{PYTHON}.json"
+    ]
     assert len(caplog.records) == 2 and "wgmma_e4m3_x4 failed the self-test on NVIDIA H100" in caplog.text
     choice = select.choose(first, select.Request("gemm_int4", "bfloat16"))
     assert choice.spelling == "wgmma_e4m3" and choice.against["wgmma_e4m3_x4"] == ("it failed the self-test",)
@@ -185,7 +189,7 @@ def test_without_a_library_the_verdict_is_about_torch_alone(monkeypatch, tmp_pat
     library = tmp_path / "cache" / "svdquant-cuda.so"
     assert gpu.trusted(found, library, 0) == found
     kept = [file.name for file in library.parent.iterdir()]
-    assert kept == [f"torch-{torch.__version__}-NVIDIA-H100-80GB--13000.json"]
+    assert kept == [f"torch-{torch.__version__}-NVIDIA-H100-80GB--13000-{PYTHON}.json"]
     assert (
         gpu.trusted(replace(found, missing=""), library, 0).missing == ""
         and len(list(library.parent.iterdir())) == 2
@@ -226,6 +230,15 @@ def test_another_driver_is_tried_anew(monkeypatch, tmp_path):
     assert not gpu.trusted(HOPPER, library, 0).distrusted
 
 
+def test_other_python_is_tried_anew(tmp_path):
+    """torch_scaled is nothing else, and its verdict may stand beside no library of ours."""
+    folder = shutil.copytree(gpu.HERE, tmp_path / "kernels")
+    assert gpu.sources(folder) == PYTHON
+    other = shutil.copytree(gpu.HERE, tmp_path / "other")
+    (other / "scaled.py").write_text("# changed")
+    assert gpu.sources(other) != PYTHON
+
+
 @pytest.mark.usefixtures("card")
 def test_survivors_are_all_that_do_not_end_their_process(monkeypatch, tmp_path):
     """And a kept verdict says which those are."""
@@ -239,6 +252,6 @@ def test_survivors_are_all_that_do_not_end_their_process(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("card")
 def test_a_damaged_verdict_is_made_anew(monkeypatch, tmp_path):
-    (tmp_path / "svdquant-cuda-NVIDIA-H100-80GB--13000.json").write_text("{")
+    (tmp_path / f"svdquant-cuda-NVIDIA-H100-80GB--13000-{PYTHON}.json").write_text("{")
     script(monkeypatch, ([DONE], ""))
     assert gpu.trusted(HOPPER, tmp_path / "svdquant-cuda.so", 0) == HOPPER
