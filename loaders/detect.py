@@ -29,7 +29,8 @@ _LORA_PARTS = (
 
 # Names that only such a file has, what it is, and who takes it.
 TEXT_ENCODER = (
-    r"text_model\.(encoder|embeddings)\.|encoder\.block\.\d+\.layer\.|shared\.weight|(model\.)?embed_tokens\."
+    r"text_model\.(encoder|embeddings)\.|encoder\.block\.\d+\.layer\.|shared\.weight|"
+    r"(model\.)?(language_model\.)?embed_tokens\."
 )
 _OTHERS = (
     (

@@ -103,6 +103,17 @@ class SourceModel:
         bias = self.tensors[f"{name}.bias"].float() if f"{name}.bias" in self.shapes else None
         return self.tensors[f"{name}.weight"].float(), bias
 
+    def finite(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor as it is, or in another dtype. ValueError if it holds NaN or infinity, or then would."""
+        tensor = self.tensors[name] if dtype is None else self.tensors[name].to(dtype)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            within = "" if dtype is None else f" within {dtype}"
+            raise ValueError(
+                f"{self.path.name}: {name}: expected finite numbers{within}, got others. "
+                "The source file is damaged."
+            )
+        return tensor
+
     def cut(self, job: Job) -> tuple[Tensor, Tensor | None]:
         """The rectangle a job is made of, and the bias rows that go with it."""
         weight, bias = self.linear(job.source)

@@ -1,10 +1,10 @@
-"""The node that loads a 4-bit text encoder."""
+"""The node that loads 4-bit text encoders."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..svdquant.adapters import folders, text_encoder
+from ..svdquant.adapters import encoder_types, folders, text_encoder
 
 NONE = "none"
 
@@ -19,22 +19,32 @@ class SVDQuantLoadTextEncoder(io.ComfyNode):
             node_id="SVDQuantLoadTextEncoder",
             display_name="SVDQuant Load Text Encoder",
             category="SVDQuant",
-            search_aliases=["nunchaku", "t5xxl", "awq", "int4", "4-bit T5", "DualCLIPLoader", "CLIP loader"],
+            search_aliases=[
+                "nunchaku",
+                "t5xxl",
+                "qwen",
+                "gemma",
+                "awq",
+                "int4",
+                "DualCLIPLoader",
+                "CLIP loader",
+            ],
             description=(
-                "Load a 4-bit T5-XXL (Nunchaku AWQ), with CLIP-L beside it where the model wants both, as an ordinary "
-                "CLIP: text encode nodes, LoRA loaders and hooks work on it. A third of the 16-bit encoder's size."
+                "Load 4-bit text encoders (T5, UMT5, Qwen, Gemma, Llama, Mistral), with others beside them where the "
+                "model wants more than one, as an ordinary CLIP: text encode nodes, LoRA loaders and hooks work on it. "
+                "About a third of the 16-bit encoder's size."
             ),
             inputs=[
                 io.Combo.Input(
                     "text_encoder1",
                     options=files,
-                    tooltip="A file in models/text_encoders: the 4-bit T5 or, for two encoders, the other one.",
+                    tooltip="A file in models/text_encoders: 4-bit or, where there are several, any of them.",
                 ),
                 io.Combo.Input(
                     "text_encoder2",
                     options=[NONE, *files],
                     default="none",
-                    tooltip="The second file, in either order; for FLUX.1, CLIP-L. none for models that use T5 alone.",
+                    tooltip="The second file, in any order; for FLUX.1, CLIP-L. none for models with one encoder.",
                 ),
                 io.Combo.Input(
                     "text_encoder3",
@@ -45,10 +55,21 @@ class SVDQuantLoadTextEncoder(io.ComfyNode):
                     tooltip="The third file, for SD3 with CLIP-L and CLIP-G.",
                 ),
                 io.Combo.Input(
+                    "text_encoder4",
+                    options=[NONE, *files],
+                    default="none",
+                    optional=True,
+                    advanced=True,
+                    tooltip="The fourth file, for HiDream with all of its encoders.",
+                ),
+                io.Combo.Input(
                     "type",
-                    options=list(text_encoder.KINDS),
+                    options=encoder_types.available(),
                     default="flux",
-                    tooltip="The model the prompt is for. flux needs CLIP-L and T5, the others take T5 alone.",
+                    tooltip=(
+                        "The model the prompt is for, as in ComfyUI's CLIP loaders: flux for FLUX.1, flux2 for FLUX.2, "
+                        "lumina2 for Z-Image too, wan, qwen_image."
+                    ),
                 ),
                 io.Int.Input(
                     "t5_min_length",
@@ -74,8 +95,15 @@ class SVDQuantLoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, text_encoder1, text_encoder2, type, text_encoder3=NONE, t5_min_length=0, device="default"
+        cls,
+        text_encoder1,
+        text_encoder2,
+        type,
+        text_encoder3=NONE,
+        text_encoder4=NONE,
+        t5_min_length=0,
+        device="default",
     ) -> io.NodeOutput:
-        chosen = [name for name in (text_encoder1, text_encoder2, text_encoder3) if name != NONE]
-        paths = tuple(folders.find(folders.TEXT_ENCODERS, name) for name in chosen)
+        named = (text_encoder1, text_encoder2, text_encoder3, text_encoder4)
+        paths = tuple(folders.find(folders.TEXT_ENCODERS, name) for name in named if name != NONE)
         return io.NodeOutput(text_encoder.load_clip(text_encoder.Request(paths, type, device, t5_min_length)))

@@ -1,122 +1,107 @@
-"""A 16-bit T5 encoder becomes a file like the published 4-bit one, a linear in memory at a time, from weights alone."""
+"""A 16-bit text encoder becomes a 4-bit one, a linear in memory at a time, from its weights alone.
+
+T5-XXL is written like the published file (published_t5.py), every other encoder in the natural layout under its own
+names: what is not quantized keeps its bits.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ...loaders import nunchaku
+from ...loaders import natural
 from ...loaders.checkpoint import Lazy
+from ...loaders.encoders import QUANTIZED, Encoder, recognise
 from ...loaders.source import SourceModel
 from ..core.weights import LinearWeights
-from . import awq
+from . import awq, published_t5
 
 Progress = Callable[[str, int, int, float | None], None]
-
-FAMILY = "T5"
-GROUP = 128
-LINEAR = re.compile(
-    r"encoder\.block\.\d+\.layer\.(0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.(wi_0|wi_1|wo))\.weight"
-)
-TABLE, TABLE_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
-BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-GATE = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
-PLAIN = torch.float16  # what the published file keeps the rest in
-
-
-def is_t5(source: SourceModel) -> bool:
-    """Whether a model is a T5 encoder under Hugging Face's names, as ComfyUI's t5xxl files are.
-
-    Raises ValueError for a relative that the loader could not run: UMT5, and T5 of before version 1.1.
-    """
-    if BIAS not in source.shapes:
-        return False
-    if BIAS.replace(".0.", ".1.", 1) in source.shapes or GATE not in source.shapes:
-        raise ValueError(
-            f"{source.path.name}: expected a T5 encoder of version 1.1, got "
-            f"{'a T5 1.0' if GATE not in source.shapes else 'UMT5'}. Use it in 16 bits or fp8."
-        )
-    return True
+GROUPS = (128, 64)
 
 
 def quantize(
-    source: SourceModel, target: Path, *, device: str = "cpu", progress: Progress | None = None
+    source: SourceModel,
+    target: Path,
+    *,
+    group: int = GROUPS[0],
+    device: str = "cpu",
+    progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Write the encoder with its linears in AWQ W4A16 of group 128.
+    """Write the encoder with its linears in AWQ W4A16.
 
+    group     columns that share a scale: 128 or 64
     progress  called with (name, linears done, linears in all, its relative error)
     returns   relative error of every linear's weight
 
-    Raises ValueError for another model, for a linear that is damaged or fits no group, and for a full disk.
+    Raises ValueError for another model, for a tensor that is damaged or fits no group, and for a full disk.
     """
-    if not is_t5(source):
-        raise ValueError(
-            f"{source.path.name}: expected a T5 text encoder, got none of its layers. Choose a t5xxl file; a "
-            "diffusion model is quantized with SVDQuant Quantize."
-        )
-    linears = [name.removesuffix(".weight") for name in source.shapes if LINEAR.fullmatch(name)]
+    encoder = _encoder(source)
+    if group not in GROUPS:
+        raise ValueError(f"group: expected {' or '.join(map(str, GROUPS))}, got {group}.")
+    linears = linears_of(source, encoder)
     errors: dict[str, float] = {}
 
     def make(name: str) -> LinearWeights:
-        weights, errors[name] = _quantized(source, name, device)
+        weights, errors[name] = _quantized(source, name, group, device)
         return weights
 
     def report(name: str, done: int, total: int) -> None:
         if progress:
             progress(name, done, total, errors[name])
 
-    plain = _plain(source, linears)
-    nunchaku.write(target, Lazy(linears, make), plain, metadata(source, len(linears) // 7), progress=report)
+    write = published_t5.write if encoder.name == "T5" and group == GROUPS[0] else _write_natural
+    write(source, target, Lazy(linears, make), progress=report)
     return errors
 
 
-def _quantized(source: SourceModel, name: str, device: str) -> tuple[LinearWeights, float]:
-    weight, _ = source.linear(name)
-    n, k = weight.shape
-    if n % 4 or k % GROUP:
+def linears_of(source: SourceModel, encoder: Encoder) -> list[str]:
+    """Names of the linears that are quantized, in the source's order."""
+    wanted = re.compile(rf"({encoder.linears})\.weight")
+    return [name.removesuffix(".weight") for name in source.shapes if wanted.fullmatch(name)]
+
+
+def _encoder(source: SourceModel) -> Encoder:
+    encoder = recognise(source.shapes)
+    if encoder is None:
         raise ValueError(
-            f"{source.path.name}: {name}: expected rows in fours and columns in groups of {GROUP}, got {n} x {k}. "
-            "Only T5 encoders as wide as T5-base can be quantized."
+            f"{source.path.name}: expected a text encoder ({', '.join(QUANTIZED)}), got none of their layers. Choose "
+            "another file; a diffusion model is quantized with SVDQuant Quantize."
+        )
+    if not encoder.linears:
+        raise ValueError(
+            f"{source.path.name}: expected one of {', '.join(QUANTIZED)}, got {encoder.name}. "
+            "Use it as it is, or in ComfyUI's fp8."
+        )
+    return encoder
+
+
+def _quantized(source: SourceModel, name: str, group: int, device: str) -> tuple[LinearWeights, float]:
+    weight = source.tensors[f"{name}.weight"].float()
+    bias = source.tensors[f"{name}.bias"] if f"{name}.bias" in source.shapes else None
+    n, k = weight.shape
+    group = group if k % group == 0 else GROUPS[-1]
+    if n % 4 or k % group:
+        raise ValueError(
+            f"{source.path.name}: {name}: expected rows in fours and columns in groups of {group}, got {n} x {k}. "
+            "An encoder of this width cannot be quantized."
         )
     try:
-        weights, error = awq.quantize_weight(weight.to(device), GROUP)
+        weights, error = awq.quantize_weight(weight.to(device), group)
     except ValueError as problem:
         raise ValueError(f"{source.path.name}: {name}: {problem}") from None
-    return LinearWeights(weights.spec, **{field: t.cpu() for field, t in weights.tensors().items()}), error
+    tensors = {field: t.cpu() for field, t in weights.tensors().items()}
+    return LinearWeights(weights.spec, **tensors, bias=bias), error
 
 
-def _plain(source: SourceModel, linears: Iterable[str]) -> Mapping[str, Tensor]:
-    """The other tensors in 16 bits; the token table twice, since the published engine wants both of its names."""
-    used = {f"{name}.weight" for name in linears}
-    table = TABLE if TABLE in source.shapes else TABLE_AGAIN
-    kept = [name for name in source.shapes if name.startswith("encoder.") and name not in used]
-    places = dict(zip(kept, kept, strict=True)) | dict.fromkeys((TABLE, TABLE_AGAIN), table)
-    return Lazy(places, lambda name: _in_sixteen_bits(source, places[name]))
-
-
-def _in_sixteen_bits(source: SourceModel, name: str) -> Tensor:
-    tensor = source.tensors[name].to(PLAIN)
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(
-            f"{source.path.name}: {name}: expected finite numbers within {PLAIN}, got others. "
-            "The source file is damaged."
-        )
-    return tensor
-
-
-def metadata(source: SourceModel, blocks: int) -> dict[str, str]:
-    """The header of the published file, with this encoder's sizes."""
-    shapes = source.shapes
-    table = shapes[TABLE] if TABLE in shapes else shapes[TABLE_AGAIN]
-    inner, heads = shapes[BIAS.replace("relative_attention_bias", "q")][0], shapes[BIAS][1]
-    config = dict(architectures=["T5EncoderModel"], model_type="t5", vocab_size=table[0], d_model=table[1])
-    config |= dict(d_kv=inner // heads, d_ff=shapes[GATE][0], num_layers=blocks, num_heads=heads)
-    config |= dict(relative_attention_num_buckets=shapes[BIAS][0], relative_attention_max_distance=128)
-    config |= dict(feed_forward_proj="gated-gelu", layer_norm_epsilon=1e-6, tie_word_embeddings=False)
-    config |= dict(pad_token_id=0, eos_token_id=1, is_encoder_decoder=False, use_cache=False)
-    return {"model_class": "NunchakuT5EncoderModel", "config": json.dumps(config)}
+def _write_natural(
+    source: SourceModel, target: Path, layers: Lazy[LinearWeights], *, progress: Callable
+) -> None:
+    used = {f"{name}.{tail}" for name in layers for tail in ("weight", "bias")}
+    plain: Mapping[str, Tensor] = Lazy((n for n in source.shapes if n not in used), source.finite)
+    metadata = {"svdquant": json.dumps({"recipe": "awq", "text_encoder": recognise(source.shapes).name})}
+    natural.write(target, layers, plain, metadata, packed=True, progress=progress)

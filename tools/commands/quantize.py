@@ -1,6 +1,6 @@
 """Quantize a 16-bit diffusion model to an SVDQuant checkpoint, one linear at a time; a run that was stopped goes on.
 
-A T5 text encoder becomes a file like the published 4-bit one; of the options it takes --device and --quiet.
+A text encoder is quantized from its weights alone; of the options it takes --group, --device and --quiet.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ...loaders.encoders import recognise
 from ...loaders.plan import Plan
 from ...loaders.source import SourceModel, open_source
 from ...svdquant.adapters.quantizing.plans import MODEL, make_plan
@@ -62,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help=f"what --budget and --error choose among, of {', '.join(FORMATS)} (--precision and plain)",
     )
+    parser.add_argument(
+        "--group",
+        type=int,
+        choices=text_encoder.GROUPS,
+        help="of a text encoder: columns that share a scale (128)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print only the summary")
 
 
@@ -71,8 +78,10 @@ def main(args: argparse.Namespace) -> int:
     source = open_source(args.source)
     check_target(source.path, args.target)
     check_device(args.device)
-    if text_encoder.is_t5(source):
+    if recognise(source.shapes):
         return quantize_encoder(source, args)
+    if args.group:
+        raise ValueError("--group: expected a text encoder, got a diffusion model. Leave it out.")
     samples = statistics.load(args.stats) if args.stats else None
     plan = make_plan(
         source, precision=args.precision, rank=args.rank, centred=args.center, overrides=overrides
@@ -99,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def quantize_encoder(source: SourceModel, args: argparse.Namespace) -> int:
-    """A T5 has one published form and needs no data. ValueError for options that ask for something else."""
+    """An encoder needs no data. ValueError for options that ask for something else."""
     began, unfit = (
         time.monotonic(),
         {
@@ -114,10 +123,12 @@ def quantize_encoder(source: SourceModel, args: argparse.Namespace) -> int:
         raise ValueError(
             f"{option}: a text encoder is quantized from its weights alone, all to int4. Leave it out."
         )
+    group = args.group or text_encoder.GROUPS[0]
     errors = text_encoder.quantize(
-        source, args.target, device=args.device, progress=None if args.quiet else show
+        source, args.target, group=group, device=args.device, progress=None if args.quiet else show
     )
-    print(f"{source.path.name}: T5, {len(errors)} linears in int4 of group {text_encoder.GROUP}")
+    name = recognise(source.shapes).name
+    print(f"{source.path.name}: {name}, {len(errors)} linears in int4 of group {group}")
     print(report.summary(args.target, errors, time.monotonic() - began, measured=False))
     return 0
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from ..family import Family, Mapped, Role, apply_role
-from . import chroma, flux, flux2, native, pixart_sigma, qwen_image, sdxl, t5, z_image
+from . import chroma, flux, flux2, native, pixart_sigma, qwen_image, sdxl, t5, text_encoders, z_image
 
-# Chroma comes before FLUX.1, whose blocks' names it shares; the host's own names last: their marker is the broadest.
-TABLES = (chroma, flux, flux2, qwen_image, z_image, sdxl, pixart_sigma, t5, native)
-FAMILIES: tuple[Family, ...] = tuple(table.FAMILY for table in TABLES)
+# Chroma comes before FLUX.1, whose blocks' names it shares, other text encoders before T5 for the same reason; the
+# host's own names last: their marker is the broadest.
+TABLES = (chroma, flux, flux2, qwen_image, z_image, sdxl, pixart_sigma)
+FAMILIES: tuple[Family, ...] = (
+    *(table.FAMILY for table in TABLES),
+    *text_encoders.FAMILIES,
+    t5.FAMILY,
+    native.FAMILY,
+)
 
 __all__ = ["FAMILIES", "Family", "Mapped", "Role", "apply_role", "resolve"]
 

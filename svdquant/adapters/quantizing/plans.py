@@ -66,8 +66,8 @@ def make_plan(
         raise ValueError(f"rank: expected a multiple of 16 up to 256, got {rank}.")
     if any(re.match(TEXT_ENCODER, name) for name in source.shapes):
         raise ValueError(
-            f"{source.path.name}: expected a diffusion model, got a text encoder. A T5-XXL is quantized with SVDQuant "
-            "Quantize Text Encoder; others stay in 16 bits or fp8."
+            f"{source.path.name}: expected a diffusion model, got a text encoder. "
+            "Quantize it with SVDQuant Quantize Text Encoder."
         )
     plan = _draft(source, precision, rank)
     refuse_idle(overrides, [job.name for job in plan.jobs])
