@@ -31,14 +31,14 @@ class SVDQuantLoadTextEncoder(io.ComfyNode):
             ],
             description=(
                 "Load 4-bit text encoders (T5, UMT5, Qwen, Gemma, Llama, Mistral), with others beside them where the "
-                "model wants more than one, as an ordinary CLIP: text encode nodes, LoRA loaders and hooks work on it. "
+                "model wants several, as an ordinary CLIP: text encode nodes, LoRA loaders and hooks work on it. "
                 "About a third of the 16-bit encoder's size."
             ),
             inputs=[
                 io.Combo.Input(
                     "text_encoder1",
                     options=files,
-                    tooltip="A file in models/text_encoders: 4-bit or, where there are several, any of them.",
+                    tooltip="A file in models/text_encoders: the 4-bit one or, where there are several, any of them.",
                 ),
                 io.Combo.Input(
                     "text_encoder2",
@@ -46,49 +46,17 @@ class SVDQuantLoadTextEncoder(io.ComfyNode):
                     default="none",
                     tooltip="The second file, in any order; for FLUX.1, CLIP-L. none for models with one encoder.",
                 ),
-                io.Combo.Input(
-                    "text_encoder3",
-                    options=[NONE, *files],
-                    default="none",
-                    optional=True,
-                    advanced=True,
-                    tooltip="The third file, for SD3 with CLIP-L and CLIP-G.",
-                ),
-                io.Combo.Input(
-                    "text_encoder4",
-                    options=[NONE, *files],
-                    default="none",
-                    optional=True,
-                    advanced=True,
-                    tooltip="The fourth file, for HiDream with all of its encoders.",
-                ),
+                *_further_files([NONE, *files]),
                 io.Combo.Input(
                     "type",
                     options=encoder_types.available(),
                     default="flux",
                     tooltip=(
                         "The model the prompt is for, as in ComfyUI's CLIP loaders: flux for FLUX.1, flux2 for FLUX.2, "
-                        "lumina2 for Z-Image too, wan, qwen_image."
+                        "qwen_image, wan, and lumina2 for Z-Image, too."
                     ),
                 ),
-                io.Int.Input(
-                    "t5_min_length",
-                    default=0,
-                    min=0,
-                    max=1024,
-                    step=64,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Prompts are padded to so many T5 tokens. 0: the model's own, 256 for FLUX.1.",
-                ),
-                io.Combo.Input(
-                    "device",
-                    options=["default", "cpu"],
-                    default="default",
-                    optional=True,
-                    advanced=True,
-                    tooltip="cpu keeps the encoder out of GPU memory; it is slower there.",
-                ),
+                *_settings(),
             ],
             outputs=[io.Clip.Output(tooltip="An ordinary CLIP; ComfyUI decides about offloading.")],
         )
@@ -107,3 +75,44 @@ class SVDQuantLoadTextEncoder(io.ComfyNode):
         named = (text_encoder1, text_encoder2, text_encoder3, text_encoder4)
         paths = tuple(folders.find(folders.TEXT_ENCODERS, name) for name in named if name != NONE)
         return io.NodeOutput(text_encoder.load_clip(text_encoder.Request(paths, type, device, t5_min_length)))
+
+
+def _further_files(options: list[str]) -> list[io.Input]:
+    rare = {"options": options, "optional": True, "advanced": True}
+    return [
+        io.Combo.Input(
+            "text_encoder3",
+            default="none",
+            tooltip="The third file, for SD3 with CLIP-L and CLIP-G.",
+            **rare,
+        ),
+        io.Combo.Input(
+            "text_encoder4",
+            default="none",
+            tooltip="The fourth file, for HiDream with all of its encoders.",
+            **rare,
+        ),
+    ]
+
+
+def _settings() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "t5_min_length",
+            default=0,
+            min=0,
+            max=1024,
+            step=64,
+            optional=True,
+            advanced=True,
+            tooltip="Prompts are padded to so many T5 tokens. 0: the model's own, 256 for FLUX.1.",
+        ),
+        io.Combo.Input(
+            "device",
+            options=["default", "cpu"],
+            default="default",
+            optional=True,
+            advanced=True,
+            tooltip="cpu keeps the encoders out of GPU memory; they are slower there.",
+        ),
+    ]

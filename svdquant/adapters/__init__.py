@@ -1,6 +1,7 @@
 """The seam to ComfyUI: the only code besides the nodes that imports it.
 
 load, text_encoder   a checkpoint becomes a host's model or text encoder
+                     for text encoders: encoder_types, which files go together; encoder_sizes
                      for them: family, conventions, layout, operations, inputs, feed_forward, activations
 families/            one table a model family; they import no ComfyUI
 lora/                LoRAs on a loaded model

@@ -17,5 +17,5 @@ budget.py     the best choice among them within a size or an error, as pure numb
 choices.py    measuring and choosing for a file, and the table kept beside it
 compare.py    how far pictures are apart
 report.py     what it came to, in words
-text_encoder.py  a 16-bit T5
+text_encoder.py  a 16-bit text encoder; published_t5.py writes T5-XXL as others do
 """
