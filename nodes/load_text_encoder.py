@@ -46,7 +46,14 @@ class SVDQuantLoadTextEncoder(io.ComfyNode):
                     default="none",
                     tooltip="The second file, in any order; for FLUX.1, CLIP-L. none for models with one encoder.",
                 ),
-                *_further_files([NONE, *files]),
+                io.Combo.Input(
+                    "text_encoder3",
+                    options=[NONE, *files],
+                    default="none",
+                    optional=True,
+                    advanced=True,
+                    tooltip="The third file, for SD3 with CLIP-L and CLIP-G.",
+                ),
                 io.Combo.Input(
                     "type",
                     options=encoder_types.available(),
@@ -56,7 +63,7 @@ class SVDQuantLoadTextEncoder(io.ComfyNode):
                         "qwen_image, wan, and lumina2 for Z-Image, too."
                     ),
                 ),
-                *_settings(),
+                *_settings([NONE, *files]),
             ],
             outputs=[io.Clip.Output(tooltip="An ordinary CLIP; ComfyUI decides about offloading.")],
         )
@@ -77,25 +84,8 @@ class SVDQuantLoadTextEncoder(io.ComfyNode):
         return io.NodeOutput(text_encoder.load_clip(text_encoder.Request(paths, type, device, t5_min_length)))
 
 
-def _further_files(options: list[str]) -> list[io.Input]:
-    rare = {"options": options, "optional": True, "advanced": True}
-    return [
-        io.Combo.Input(
-            "text_encoder3",
-            default="none",
-            tooltip="The third file, for SD3 with CLIP-L and CLIP-G.",
-            **rare,
-        ),
-        io.Combo.Input(
-            "text_encoder4",
-            default="none",
-            tooltip="The fourth file, for HiDream with all of its encoders.",
-            **rare,
-        ),
-    ]
-
-
-def _settings() -> list[io.Input]:
+def _settings(files: list[str]) -> list[io.Input]:
+    """What few need. New ones come last: the page keeps values by position."""
     return [
         io.Int.Input(
             "t5_min_length",
@@ -114,5 +104,13 @@ def _settings() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="cpu keeps the encoders out of GPU memory; they are slower there.",
+        ),
+        io.Combo.Input(
+            "text_encoder4",
+            options=files,
+            default="none",
+            optional=True,
+            advanced=True,
+            tooltip="The fourth file, for HiDream with all of its encoders.",
         ),
     ]

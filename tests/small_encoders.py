@@ -6,7 +6,7 @@ import importlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -161,6 +161,12 @@ CASES = {  # depth where the host takes the text from a layer of a number
     "krea2": _qwen3vl("krea2", 4, 36),
     "mage": _qwen3vl("mage", 4, 3),
 }
+
+
+def narrow(name: str, width: int) -> SmallEncoder:
+    """A case whose text is as wide as a small model's."""
+    sizes = CASES[name].sizes | dict(hidden_size=width, intermediate_size=2 * width)
+    return replace(CASES[name], sizes=sizes)
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def test_a_file_that_is_loaded_can_be_downloaded_or_made(workflow):
         f"{node.inputs['file_name']}.safetensors"
         for other in WORKFLOWS
         for node in other.graph().values()
-        if node.type == "SVDQuantQuantize"
+        if node.type in ("SVDQuantQuantize", "SVDQuantQuantizeTextEncoder")
     }
     shipped = {file.name for file in (ROOT / "demo").rglob("*.safetensors")}
     offered = {

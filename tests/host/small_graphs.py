@@ -72,14 +72,21 @@ def saved(comfy: Any, nodes: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]
     }
 
 
-def on_small_model(template: str, family: str, loader: dict[str, Any], pixels: int) -> dict[str, Any]:
-    """A workflow in two steps: a small model and its LoRA for its files, a random text for its encoder's."""
+def on_small_model(
+    template: str, family: str, loader: dict[str, Any], pixels: int, encoder: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A workflow in two steps: a small model and its LoRA for its files, a random text for its encoder's.
+
+    encoder  what loads a small encoder, where the text is to be encoded
+    """
     graph = json.loads((ROOT / "workflows" / "api" / f"{template}.json").read_text(encoding="utf-8"))
     for name, old in list(graph.items()):
         kind, inputs = old["class_type"], old["inputs"]
         if kind == "SVDQuantLoadModel":
             graph[name] = loader
-        elif kind == "CLIPTextEncode":
+        elif kind == "SVDQuantLoadTextEncoder" and encoder:
+            graph[name] = encoder
+        elif kind == "CLIPTextEncode" and not encoder:
             graph[name] = node("TestSmallPrompt", family=family, seed=1 if inputs["text"] else 2)
         elif kind == "SVDQuantApplyLora":
             inputs["lora_name"] = f"small-{family}.safetensors"

@@ -25,13 +25,15 @@ def _name_the_pack() -> None:
 
 
 _name_the_pack()
-from svdquant_nodes.tests import small_controlnets  # noqa: E402
+from svdquant_nodes.tests import small_controlnets, small_encoders  # noqa: E402
 from svdquant_nodes.tests.inside_host import publishers  # noqa: E402
 from svdquant_nodes.tests.small_models import SMALL, detecting, detecting_t5, prompt, random_weights  # noqa: E402
 
 ALWAYS = contextlib.ExitStack()  # as long as this process lives
 ALWAYS.enter_context(detecting())
 ALWAYS.enter_context(detecting_t5())
+QWEN3 = small_encoders.narrow("z-image", width=SMALL["z-image"].text)
+ALWAYS.enter_context(small_encoders.detecting(QWEN3))
 
 
 class TestSmallModel(io.ComfyNode):
@@ -157,6 +159,27 @@ def t5_sizes(state: dict[str, torch.Tensor]) -> dict[str, int]:
         **dict(vocab_size=words, d_model=width, num_heads=heads, d_kv=inner // heads),
         **dict(d_ff=hidden, num_layers=depth),
     )
+
+
+class TestSmallEncoder(io.ComfyNode):
+    """The 16-bit file of an encoder for the small Z-Image, small-qwen3-SEED, and the host's own CLIP of it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [io.Int.Input("seed")]
+        outputs = [io.Clip.Output()]
+        return io.Schema(node_id="TestSmallEncoder", inputs=inputs, outputs=outputs, is_output_node=True)
+
+    @classmethod
+    def execute(cls, seed: int) -> io.NodeOutput:
+        tensors = QWEN3.tensors(seed)
+        save_file(tensors, place("text_encoders", f"small-qwen3-{seed}"))
+        lumina2 = comfy.sd.CLIPType.LUMINA2
+        return io.NodeOutput(
+            comfy.sd.load_text_encoder_state_dicts(
+                [tensors], clip_type=lumina2, model_options=QWEN3.settings()
+            )
+        )
 
 
 class TestTextAsLatent(io.ComfyNode):

@@ -1,4 +1,4 @@
-"""A 4-bit T5 in a running ComfyUI: our node loads it, ComfyUI's own nodes encode and patch."""
+"""4-bit text encoders in a running ComfyUI: our nodes make and load them, ComfyUI's own nodes encode and patch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from svdquant_nodes.tests.host.small_graphs import node, saved
+from svdquant_nodes.tests.host.small_graphs import model_file, node, on_small_model, saved
 from svdquant_nodes.tests.tolerances import distance
 
 PLAIN = [["encoder.final_layer_norm.weight", [128]], ["shared.weight", [32128, 128]]]
@@ -148,3 +148,25 @@ def test_quantized_here_encodes_what_16_bits_encode(comfy, quantized):
     texts = saved(comfy, graph)
     assert texts["4"].shape == texts["16"].shape
     assert 0.01 < distance(texts["4"], texts["16"]).norm < 0.2 < distance(texts["4"], texts["another"]).norm
+
+
+def test_z_image_with_a_4_bit_encoder_made_here(comfy):
+    """The template on a small model and a small Qwen3, which is first quantized by the other template's node."""
+    made = {f"clip {seed}": node("TestSmallEncoder", seed=seed) for seed in (0, 1)}
+    comfy.client.run({"model": node("TestSmallModel", family="z-image", seed=0), **made})
+    names = dict(source="small-qwen3-0.safetensors", file_name="small-qwen3-int4")
+    told = comfy.client.run({"1": node("SVDQuantQuantizeTextEncoder", **names)}).outputs["1"]["text"][0]
+    assert told.startswith("small-qwen3-int4.safetensors: ") and "model.layers.2.mlp.down_proj" in told
+    loaded = dict(text_encoder1="small-qwen3-int4.safetensors", text_encoder2="none", type="lumina2")
+    encoders = {
+        "4": node("SVDQuantLoadTextEncoder", **loaded),
+        "16": node("TestSmallEncoder", seed=0),
+        "another": node("TestSmallEncoder", seed=1),
+    }
+    model = node("UNETLoader", unet_name=model_file("z-image"), weight_dtype="default")
+    graphs = {
+        n: on_small_model("z-image-low-memory", "z-image", model, 64, one) for n, one in encoders.items()
+    }
+    drawn = {name: saved(comfy, graph)["save"] for name, graph in graphs.items()}
+    far = {name: distance(drawn[name], drawn["16"]).norm for name in ("4", "another")}
+    assert 0 < far["4"] < far["another"] / 2

@@ -119,7 +119,7 @@ def test_pictures(tmp_path, name):
     """Qwen-Image-Edit shows its encoder the picture; the tower that sees it stays in 16 bits."""
     with both(name, tmp_path) as (_, ours, host):
         blind, got, want = encode(ours), encode(ours, images=[PICTURE]), encode(host, images=[PICTURE])
-    assert got["cond"].shape[1] > blind["cond"].shape[1]
+    assert got["cond"].shape[1] != blind["cond"].shape[1]
     assert_close(got["cond"], want["cond"], "host_twin")
 
 

@@ -70,6 +70,7 @@ def low_memory() -> Graph:
         type="flux",
         t5_min_length=0,
         device="default",
+        text_encoder4="none",
     )
     nodes["latent"] = empty_latent(768, 768)
     nodes["decode"] = node(

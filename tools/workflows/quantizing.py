@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .families import PIXART_FILE
+from .families import PIXART_FILE, QWEN_3, QWEN_3_FILE
 from .flux import T5, text_encoders
 from .graph import (
     File,
@@ -76,6 +76,19 @@ def quantize_pixart() -> Graph:
     }
 
 
+def quantize_text_encoder() -> Graph:
+    return {
+        "quantize": node(
+            "SVDQuantQuantizeTextEncoder",
+            (0, 0, 320),
+            files=[QWEN_3],
+            source=QWEN_3.name,
+            file_name=QWEN_3_FILE.removesuffix(".safetensors"),
+            group="128",
+        )
+    }
+
+
 def compare_flux() -> Graph:
     return {
         "exact": _load_16_bit(SCHNELL_16),
@@ -125,6 +138,15 @@ WORKFLOWS = (
         "loads can be quantized this way; the file keeps ComfyUI's names. When it is done press R and open "
         "pixart-sigma.",
         quantize_pixart,
+    ),
+    Workflow(
+        "quantize-text-encoder",
+        "Text encoders from 16 to 4 bits",
+        "Nothing has to be calibrated: the node reads the encoder's weights, a layer at a time, and writes the 4-bit "
+        "file to models/text_encoders. This is Z-Image's, 8 GB that become 2.7; the encoders of Qwen-Image, FLUX.2, "
+        "Wan, HiDream, Lumina 2 and FLUX.1 work the same. Then press R and open z-image-low-memory, or put SVDQuant "
+        "Load Text Encoder in the place of CLIPLoader.",
+        quantize_text_encoder,
     ),
     Workflow(
         "compare-flux",
