@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 _T5 = r"encoder\.block\.\d+\.layer\.(0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.(wi|wi_0|wi_1|wo))"
 _DECODER = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+_PIECES = "spiece_model"
 _FIRST = r"model\.layers\.0\."
 
 
@@ -19,14 +20,16 @@ _FIRST = r"model\.layers\.0\."
 class Encoder:
     """One architecture of text encoders.
 
-    name     shown to users
-    marks    regular expressions: a file holds it if each matches how some name begins, and no row above does
-    linears  regular expression of the linears that can be quantized, "" where none is worth it
+    name       shown to users
+    marks      regular expressions: a file holds it if each matches how some name begins, and no row above does
+    linears    regular expression of the linears that can be quantized, "" where none is worth it
+    tokenizer  the tensor that ComfyUI reads the tokenizer from, "" where it has its own
     """
 
     name: str
     marks: tuple[str, ...]
     linears: str = ""
+    tokenizer: str = ""
 
 
 ENCODERS = (
@@ -35,15 +38,18 @@ ENCODERS = (
     Encoder("CLIP-H", (r"(text_model\.encoder\.layers|transformer\.resblocks)\.22\.",)),
     Encoder("CLIP-L", (r"(text_model\.encoder\.layers|transformer\.resblocks)\.0\.",)),
     Encoder("T5 1.0", (r"encoder\.block\.0\.layer\.1\.DenseReluDense\.wi\.",), _T5),
-    Encoder("UMT5", (r"encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias\.",), _T5),
+    Encoder(
+        "UMT5", (r"encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias\.",), _T5, _PIECES
+    ),
     Encoder("T5", (r"encoder\.block\.0\.layer\.0\.SelfAttention\.",), _T5),
     Encoder("Gemma 4", (rf"{_FIRST}layer_scalar",)),
     Encoder(
         "Gemma 3",
         (rf"{_FIRST}post_feedforward_layernorm\.", rf"{_FIRST}self_attn\.q_norm\."),
         rf"model\.{_DECODER}",
+        _PIECES,
     ),
-    Encoder("Gemma 2", (rf"{_FIRST}post_feedforward_layernorm\.",), rf"model\.{_DECODER}"),
+    Encoder("Gemma 2", (rf"{_FIRST}post_feedforward_layernorm\.",), rf"model\.{_DECODER}", _PIECES),
     Encoder(
         "Qwen3-VL",
         (r"model\.visual\.deepstack_merger_list\.", r"model\.language_model\.layers\.0\."),

@@ -101,4 +101,9 @@ def check_files(name: str, opened: Iterable[TensorFile]) -> None:
                 f"{wanted} {encoder.name} a second time, after {found[encoder.name]}. "
                 "Choose another file for one of them."
             )
+        if encoder.tokenizer and encoder.tokenizer not in files:
+            raise ValueError(
+                f"{files.path.name}: {encoder.tokenizer}: expected the tokenizer in the file, as in ComfyUI's own "
+                f"files of {encoder.name}, got none. Use one of those, or quantize again from one."
+            )
         found[encoder.name] = files.path.name

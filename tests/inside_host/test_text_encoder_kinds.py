@@ -213,3 +213,16 @@ def test_a_host_that_makes_something_else(tmp_path, monkeypatch):
     monkeypatch.setattr(comfy.sd, "detect_te_model", lambda state: comfy.sd.TEModel.CLIP_L)
     with pytest.raises(ValueError, match="this ComfyUI makes no Qwen3 of these files for type lumina2"):
         load_clip(Request((path,), "lumina2"))
+
+
+@pytest.mark.parametrize("name", ["wan", "lumina2", "gemma3"])
+def test_a_file_without_its_tokenizer(tmp_path, name):
+    case = small_encoders.CASES[name]
+    names = {"model.layers.0.post_feedforward_layernorm.weight", "model.layers.0.self_attn.q_norm.weight"}
+    names |= {f"encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight" for i in (0, 1)}
+    tensors = {n: t for n, t in case.tensors().items() if n in names}
+    path = made.save(tmp_path / "no-tokenizer.safetensors", tensors)
+    with pytest.raises(
+        ValueError, match=r"no-tokenizer\.safetensors: spiece_model: expected the tokenizer in the file"
+    ):
+        load_clip(Request((path,), case.kind))
