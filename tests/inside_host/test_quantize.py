@@ -16,8 +16,8 @@ from svdquant_nodes.nodes.calibrate import SVDQuantCalibrate
 from svdquant_nodes.nodes.compare import SVDQuantCompare
 from svdquant_nodes.nodes.quantize import SVDQuantQuantize
 from svdquant_nodes.svdquant.adapters import demo, folders
-from svdquant_nodes.svdquant.adapters.quantizing import quantize as host
 from svdquant_nodes.svdquant.adapters.load import load_model
+from svdquant_nodes.svdquant.adapters.quantizing import quantize as host
 from svdquant_nodes.svdquant.quantizer.statistics import load as load_statistics
 from svdquant_nodes.tests.inside_host.twins import DEMO_BF16, DEMO_INT4, sample
 
