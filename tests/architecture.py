@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 # What a room may import of ours: everything its arrows lead to.
@@ -190,6 +191,46 @@ def _function_findings(path: str, node: Function, cap: int) -> Iterator[Finding]
     count = sum(word.arg not in ("self", "cls") for word in words)
     if count > PARAMETERS:
         yield Finding(path, f"parameters of {node.name}", f"{where}: {count} parameters, cap {PARAMETERS}")
+
+
+def unresolved(root: Path) -> Iterator[str]:
+    """Imports of ours that lead nowhere; those of tests that run inside a host only are met too late otherwise."""
+    for file in _sources(root, ".py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            target = _target(file, node, root)
+            for name in node.names if target else ():
+                if not (_is_module(target / name.name) or name.name in _top_names(target)):
+                    where = f"{file.relative_to(root).as_posix()}:{node.lineno}"
+                    yield f"{where}: no {name.name} in {target.relative_to(root).as_posix()}"
+
+
+def _target(file: Path, node: ast.AST, root: Path) -> Path | None:
+    """The module or folder of ours that an import takes names from."""
+    if not isinstance(node, ast.ImportFrom):
+        return None
+    first, *inner = (node.module or "").split(".")
+    if node.level:
+        return file.parents[node.level - 1].joinpath(*filter(None, [first, *inner]))
+    return root.joinpath(*inner) if first == "svdquant_nodes" else None
+
+
+def _is_module(path: Path) -> bool:
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+@cache
+def _top_names(module: Path) -> set[str]:
+    """What a module defines or imports."""
+    file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())) if file.is_file() else ():
+        if isinstance(node, (*Function.__args__, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {name.asname or name.name for name in node.names}
+    return found
 
 
 def _csrc_findings(path: str, text: str) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from svdquant_nodes.tests.architecture import findings, kernel_lengths
+from svdquant_nodes.tests.architecture import findings, kernel_lengths, unresolved
 from svdquant_nodes.tools.pack import ROOT
 
 # Key of a finding -> why it is right all the same. Fewer than five.
@@ -16,6 +16,26 @@ EXCEPTIONS: dict[str, str] = {}
 def test_pack_keeps_the_rules():
     breaches = [finding.text for finding in findings(ROOT) if finding.key not in EXCEPTIONS]
     assert not breaches, "\n".join(breaches)
+
+
+def test_every_import_of_ours_leads_somewhere():
+    assert list(unresolved(ROOT)) == []
+
+
+def test_an_import_that_leads_nowhere_is_found(tmp_path):
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core" / "a.py").write_text(
+        "from .b import there\nfrom . import b, gone\nfrom .b import missing"
+    )
+    (tmp_path / "core" / "b.py").write_text("there = 1")
+    (tmp_path / "c.py").write_text(
+        "from svdquant_nodes.core.a import there\nfrom svdquant_nodes.old import a"
+    )
+    assert list(unresolved(tmp_path)) == [
+        "c.py:2: no a in old",
+        "core/a.py:2: no gone in core",
+        "core/a.py:3: no missing in core/b",
+    ]
 
 
 def test_exceptions_are_few_and_needed():
