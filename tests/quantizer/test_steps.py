@@ -39,7 +39,7 @@ class TestBranch:
         assert fit.values is None and fit.grid is None
 
     def test_the_branch_of_the_rest_is_what_the_codes_miss(self):
-        fit = recipes.round_nearest(take_branch(start(make_task(n=64, k=64, rank=64))), clipped=False)
+        fit = recipes.round_nearest(start(make_task(n=64, k=64, rank=64)), clipped=False)
         rest = branch_of_rest(fit)
         missed = fit.weight - fit.values
         assert torch.dist(rest.up @ rest.factor, missed) < 0.01 * missed.norm()  # factors of 16 bits
