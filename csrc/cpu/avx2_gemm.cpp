@@ -17,10 +17,10 @@ __m128i sums_of_16(__m256i first, __m256i second) {
   return _mm_unpacklo_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
 }
 
-// A start holds the products of neighbours too, see below, and is for the lower one of an output's two 16-bit sums.
+// A start holds the products of neighbours too, see below, and is for lanes of 16 bits.
 void arrange(const int8_t* codes, int64_t blocks, const CodeTable& table, int8_t* to, int32_t* starts) {
   const __m256i order = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+      _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
   const __m256i zero = _mm256_set1_epi16(static_cast<int16_t>(table.zero));
   for (int64_t b = 0; b < blocks; ++b, codes += kBlock, to += kBlock) {
     __m256i pairs[2];
@@ -49,40 +49,48 @@ void arrange(const int8_t* codes, int64_t blocks, const CodeTable& table, int8_t
 
 // ---- weights in panels ----
 
-// Eight rows of eight 32-bit words, transposed.
-SVDQUANT_INLINE void transpose(__m256i (&v)[8]) {
-  __m256i a[8], b[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
-    a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      b[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + j + 2]);
-      b[i + 2 * j + 1] = _mm256_unpackhi_epi64(a[i + j], a[i + j + 2]);
+// Eight rows, `stride` bytes apart, of eight 32-bit words, transposed.
+SVDQUANT_INLINE void load_transposed(const uint8_t* rows, int64_t stride, __m256i (&words)[8]) {
+  for (int half = 0; half < 2; ++half, rows += 16) {
+    __m256i v[4], a[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m128i upper = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + i * stride));
+      const __m128i lower = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + (i + 4) * stride));
+      v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(upper), lower, 1);
     }
-  }
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
-    v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+    for (int i = 0; i < 4; i += 2) {
+      a[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+      a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      words[4 * half + 2 * i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
+      words[4 * half + 2 * i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+    }
   }
 }
 
-void unpack(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel) {
+// Two panels side by side, of 32 rows, in steps of four columns: columns 0 2 of rows 0 8 1 9 .. 7 15 and of the second
+// panel's rows in the same order, then columns 1 3. So a lane of 16 bits is one row's.
+void unpack(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel,
+            const uint8_t* next) {
   const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.weight));
   const __m256i bytes = _mm256_broadcastsi128_si256(values), low = _mm256_set1_epi8(15);
-  const char* next = reinterpret_cast<const char*>(rows + kPanel * stride);
   for (int64_t block = 0; block < blocks; ++block) {
-    for (int64_t half = 0; half < 2; ++half) {
-      // Sixteen rows at once are too many streams for the hardware to foresee: the next panel, in a straight line.
-      for (int i = 0; i < 4; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-      __m256i v[8];
-      for (int i = 0; i < 8; ++i) v[i] = load_bytes(rows + (half * 8 + i) * stride + block * 32);
-      transpose(v);
-      uint8_t* to = panel + block * kBlock * kPanel + half * 32;
-      for (int i = 0; i < 8; ++i, to += 128) {
-        store_bytes(to, _mm256_shuffle_epi8(bytes, _mm256_and_si256(v[i], low)));
-        store_bytes(to + 64, _mm256_shuffle_epi8(bytes, _mm256_and_si256(_mm256_srli_epi16(v[i], 4), low)));
+    for (int64_t j = 0; j < 2; ++j) {
+      if (next) next = fetch(next, 8);
+      const uint8_t* from = rows + j * kPanel * stride + block * 32;
+      uint8_t* to = panel + (block * kBlock * 2 + j * 2) * kPanel;
+      __m256i upper[8], lower[8];
+      load_transposed(from, stride, upper);
+      load_transposed(from + 8 * stride, stride, lower);
+      for (int i = 0; i < 8; ++i) {
+        const __m256i pairs[2] = {_mm256_blend_epi16(upper[i], _mm256_slli_epi32(lower[i], 16), 0xaa),
+                                  _mm256_blend_epi16(_mm256_srli_epi32(upper[i], 16), lower[i], 0xaa)};
+        for (int half = 0; half < 2; ++half, to += 128) {
+          const __m256i odd = _mm256_srli_epi16(pairs[half], 4);
+          store_bytes(to, _mm256_shuffle_epi8(bytes, _mm256_and_si256(pairs[half], low)));
+          store_bytes(to + 64, _mm256_shuffle_epi8(bytes, _mm256_and_si256(odd, low)));
+        }
       }
     }
   }
@@ -110,10 +118,10 @@ void interleave(const void* from, int64_t stride, void* to) {
 //
 // Processors add bytes in twice or three times as many units as they multiply them in. The products of neighbours are
 // taken out where a sum starts: `arrange` has those of activations in `starts`, those of weights are found here, once
-// for all tokens. With its zero a weight is never smaller than an activation is negative, and w + a stays below 49, so
-// that 16 bits hold the 16 products of a lane: a group of 64 is finished before any sum is widened.
+// for all tokens. With its zero a weight is never smaller than an activation is negative. A lane's sums may pass 16
+// bits and come back: what is left of a group's 64 columns in the end, at most 64 * 8 * 15, does not.
 
-constexpr int64_t kColumns = 768;  // a chunk, of which 16 rows fit the first-level cache
+constexpr int64_t kColumns = 384;  // a chunk, of which 32 rows fit the first-level cache
 
 // Groups first .. last, and the sums of their w0 w1 in the lanes in which `multiply_rows` has its own.
 template <int kSteps>
@@ -126,9 +134,9 @@ template <int kSteps>
 void sum_neighbours(const uint8_t* panel, Chunk<kSteps>& chunk) {
   for (int64_t g = chunk.first; g < chunk.last; ++g) {
     for (int j = 0; j < 2; ++j) {
-      const uint8_t* from = panel + g * kSteps * 64 + 32 * j;
+      const uint8_t* from = panel + g * kSteps * 128 + 32 * j;
       __m256i sum = _mm256_setzero_si256();
-      for (int s = 0; s < kSteps; s += 2, from += 128) {
+      for (int s = 0; s < kSteps; ++s, from += 128) {
         sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(load_bytes(from), load_bytes(from + 64)));
       }
       chunk.neighbours[g - chunk.first][j] = sum;
@@ -136,13 +144,13 @@ void sum_neighbours(const uint8_t* panel, Chunk<kSteps>& chunk) {
   }
 }
 
-// An even and an odd step: eight columns.
+// Four columns.
 template <int kRows>
-SVDQUANT_INLINE void two_steps(const uint8_t* panel, const int8_t* acts, int64_t k, __m256i (&sums)[kRows][2]) {
+SVDQUANT_INLINE void step(const uint8_t* panel, const int8_t* acts, int64_t k, __m256i (&sums)[kRows][2]) {
   const __m256i even[2] = {load_bytes(panel), load_bytes(panel + 32)};
   const __m256i odd[2] = {load_bytes(panel + 64), load_bytes(panel + 96)};
   for (int m = 0; m < kRows; ++m) {
-    const __m256i act_even = broadcast4(acts + m * k), act_odd = broadcast4(acts + m * k + 4);
+    const __m256i act_even = broadcast2(acts + m * k), act_odd = broadcast2(acts + m * k + 2);
     for (int j = 0; j < 2; ++j) {
       const __m256i left = _mm256_add_epi8(even[j], act_odd), right = _mm256_add_epi8(odd[j], act_even);
       sums[m][j] = _mm256_add_epi16(sums[m][j], _mm256_maddubs_epi16(left, right));
@@ -152,32 +160,35 @@ SVDQUANT_INLINE void two_steps(const uint8_t* panel, const int8_t* acts, int64_t
   }
 }
 
-// Both halves of every 32-bit lane, scaled, onto eight outputs.
-SVDQUANT_INLINE void finish(__m256i sums, __m256 weight_scales, __m256 scale, float* out) {
-  const __m256 total = _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
-  _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_mul_ps(total, weight_scales), scale, _mm256_loadu_ps(out)));
+// Sums of 16 rows, scaled, onto their outputs: lower halves are rows 0 .. 7, upper ones 8 .. 15.
+SVDQUANT_INLINE void finish(__m256i sums, const float* weight_scales, __m256 scale, float* out) {
+  const __m256i halves[2] = {_mm256_srai_epi32(_mm256_slli_epi32(sums, 16), 16), _mm256_srai_epi32(sums, 16)};
+  for (int i = 0; i < 2; ++i, weight_scales += 8, out += 8) {
+    const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(halves[i]), _mm256_loadu_ps(weight_scales));
+    _mm256_storeu_ps(out, _mm256_fmadd_ps(scaled, scale, _mm256_loadu_ps(out)));
+  }
 }
 
 template <int kRows, int kSteps>
 void multiply_rows(const Tile& tile, int64_t row, const Chunk<kSteps>& chunk) {
   const Tile t = tile;  // which stores through `out` cannot change
   const int64_t k = t.groups * kSteps * 4;
+  const bool fetching = t.next && row < 2 * kSteps;  // by then all is there
   for (int64_t g = chunk.first; g < chunk.last; ++g) {
     const int64_t at = row * t.groups + g;
+    if (fetching) fetch(t.next + (row / 2 * t.groups + 2 * g) * 64, 2);
     __m256i sums[kRows][2];
     for (int m = 0; m < kRows; ++m) {
-      const __m256i start = _mm256_set1_epi32(t.starts[at + m * t.groups]);
+      const __m256i start = _mm256_set1_epi16(static_cast<int16_t>(t.starts[at + m * t.groups]));
       for (int j = 0; j < 2; ++j) sums[m][j] = _mm256_sub_epi16(start, chunk.neighbours[g - chunk.first][j]);
     }
-    SVDQUANT_UNROLL(8)
-    for (int s = 0; s < kSteps; s += 2) {
-      two_steps(t.panel + (g * kSteps + s) * 64, t.acts + at * kSteps * 4 + s * 4, k, sums);
-    }
+    SVDQUANT_UNROLL(16)
+    for (int s = 0; s < kSteps; ++s) step(t.panel + (g * kSteps + s) * 128, t.acts + (at * kSteps + s) * 4, k, sums);
     for (int m = 0; m < kRows; ++m) {
       const __m256 scale = _mm256_broadcast_ss(t.scales + at + m * t.groups);
       for (int j = 0; j < 2; ++j) {
-        const __m256 weight_scales = _mm256_loadu_ps(t.weight_scales + g * kPanel + 8 * j);
-        finish(sums[m][j], weight_scales, scale, t.out + (row + m) * t.out_stride + 8 * j);
+        const float* weight_scales = t.weight_scales + (j * t.groups + g) * kPanel;
+        finish(sums[m][j], weight_scales, scale, t.out + (row + m) * t.out_stride + j * kPanel);
       }
     }
   }
@@ -233,6 +244,7 @@ void branch(const float* hidden, int64_t rows, int64_t r, const float* up, const
 SVDQUANT_TARGET_END
 
 void svdquant::cpu::add_avx2_gemm(Spelling& s) {
+  s.panels = 2;
   s.arrange = arrange;
   s.unpack = unpack;
   s.interleave = interleave;

@@ -2,13 +2,10 @@
 //
 // dpbusd multiplies unsigned by signed bytes and adds four products into 32 bits, so a group needs no care for
 // overflow, and sums of floats stay in registers for a whole chunk of K.
-#include "floats.h"
-#include "spelling.h"
-#include "target.h"
+#include "avx2.h"
 
 #ifdef SVDQUANT_X86
-#include <immintrin.h>
-SVDQUANT_TARGET("avx512f,avx512bw,avx512vnni")
+SVDQUANT_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vnni")
 
 namespace svdquant::cpu {
 namespace {
@@ -41,13 +38,34 @@ void arrange(const int8_t* codes, int64_t blocks, const CodeTable& table, int8_t
   }
 }
 
+void unpack(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel,
+            const uint8_t* next) {
+  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.weight));
+  const __m256i bytes = _mm256_broadcastsi128_si256(values), low = _mm256_set1_epi8(15);
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t half = 0; half < 2; ++half) {
+      if (next) next = fetch(next, 4);
+      __m256i v[8];
+      for (int i = 0; i < 8; ++i) v[i] = load_bytes(rows + (half * 8 + i) * stride + block * 32);
+      transpose(v);
+      uint8_t* to = panel + block * kBlock * kPanel + half * 32;
+      for (int i = 0; i < 8; ++i, to += 128) {
+        store_bytes(to, _mm256_shuffle_epi8(bytes, _mm256_and_si256(v[i], low)));
+        store_bytes(to + 64, _mm256_shuffle_epi8(bytes, _mm256_and_si256(_mm256_srli_epi16(v[i], 4), low)));
+      }
+    }
+  }
+}
+
 // A group is `steps` steps: kSteps of them where that is not zero, and then the compiler knows it.
 template <int kRows, int kSteps>
 void multiply_rows(const Tile& t, int64_t row, int64_t any_steps) {
   const int64_t steps = kSteps ? kSteps : any_steps, k = t.groups * steps * 4;
   __m512 out[kRows];
   for (int m = 0; m < kRows; ++m) out[m] = _mm512_loadu_ps(t.out + (row + m) * t.out_stride);
+  const bool fetching = t.next && row < 2 * kSteps;
   for (int64_t g = 0; g < t.groups; ++g) {
+    if (fetching) fetch(t.next + (row / 4 * t.groups + kRows / 4 * g) * 64, kRows / 4);
     const uint8_t* panel = t.panel + g * steps * 64;
     const int8_t* acts = t.acts + row * k + g * steps * 4;
     __m512i sums[kRows];
@@ -91,7 +109,9 @@ const svdquant::cpu::Spelling* svdquant::cpu::avx512() {
     Spelling s = *avx2();
     s.name = "avx512";
     s.supported = has_avx512;
+    s.panels = 1;
     s.arrange = arrange;
+    s.unpack = unpack;
     s.multiply = multiply;
     s.multiply_int8 = multiply_int8;
     return s;

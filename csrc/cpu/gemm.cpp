@@ -77,7 +77,8 @@ float second_scale(const Gemm& g, int64_t row) {
   return 0.25f * load(g.second_scale.data, g.second_scale.dtype, row * g.second_scale.stride);
 }
 
-// 16 weight rows in the form that `multiply` and `branch` read. Rows past the last are zeros.
+// The weight rows that a spelling takes at once, in the form that `multiply` and `branch` read. Rows past the last are
+// zeros.
 class Panel {
  public:
   Panel(const Gemm& g, const Shape& shape, const Spelling& s, const CodeTable& table)
@@ -86,48 +87,66 @@ class Panel {
         s_(s),
         table_(table),
         columns_(s, shape.groups > g.r ? shape.groups : g.r),
-        filled_(shape.blocks * kBlock / 2 * kPanel),
-        bytes_(shape.blocks * kBlock * kPanel),
-        scales_(ceil_div(shape.groups, 8) * 8 * kPanel),
-        up_(ceil_div(g.r, 8) * 8 * kPanel) {}
+        width_(width_of(s)),
+        filled_(shape.blocks * kBlock / 2 * width_),
+        bytes_(shape.blocks * kBlock * width_),
+        scales_((shape.groups + 7) * width_),
+        up_((g.r + 7) * width_),
+        bias_(width_) {}
 
-  void load(int64_t first_row) const {
-    const int64_t rows = g_.n - first_row < kPanel ? g_.n - first_row : kPanel;
-    load_codes(first_row, rows);
-    columns_.read(g_.weight_scales, first_row, rows, shape_.used, shape_.groups, scales_ + 0);
-    if (g_.kind == Codes::kE2M1) load_second_scale(first_row, rows);
-    columns_.read(g_.up, first_row, rows, g_.r, g_.r, up_ + 0);
-    for (int64_t i = 0; i < kPanel; ++i) bias_[i] = i < rows ? bias_of(g_.bias, first_row + i) : 0.0f;
+  static int64_t width_of(const Spelling& s) { return s.panels * kPanel; }
+  int64_t width() const { return width_; }
+
+  void load(int64_t first_row, int64_t tokens) const {
+    fetching_ = tokens >= kFetching;
+    next_ = g_.weight_codes + (first_row + width_) * g_.k / 2;
+    load_codes(first_row, g_.n - first_row < width_ ? g_.n - first_row : width_);
+    for (int64_t at = 0; at < width_; at += kPanel) load_beside(first_row + at, at);
   }
 
   // out = bias + branch + 4-bit product, for tokens first .. first + rows.
   void run(const Activations& acts, int64_t first, int64_t rows, float* out, int64_t stride) const {
-    s_.branch(g_.hidden + first * g_.r, rows, g_.r, up_ + 0, bias_, out, stride);
+    for (int64_t at = 0; at < width_; at += kPanel) {
+      s_.branch(g_.hidden + first * g_.r, rows, g_.r, up_ + at * g_.r, bias_ + at, out + at, stride);
+    }
     Tile tile = acts.tile(shape_, first, rows);
     tile.panel = bytes_ + 0;
     tile.weight_scales = scales_ + 0;
     tile.out = out;
     tile.out_stride = stride;
+    tile.next = fetching_ ? next_ : nullptr;
     s_.multiply(tile, table_.group);
   }
 
  private:
   void load_codes(int64_t first_row, int64_t rows) const {
     const uint8_t* from = g_.weight_codes + first_row * g_.k / 2;
-    if (rows == kPanel && g_.k % kBlock == 0) return s_.unpack(from, g_.k / 2, shape_.blocks, table_, bytes_ + 0);
+    if (rows == width_ && g_.k % kBlock == 0) {
+      return s_.unpack(from, g_.k / 2, shape_.blocks, table_, bytes_ + 0, fetching_ ? nullptr : next_);
+    }
     const int64_t stride = shape_.blocks * kBlock / 2;
-    std::memset(filled_ + 0, 0, static_cast<size_t>(stride * kPanel));
+    std::memset(filled_ + 0, 0, static_cast<size_t>(stride * width_));
     for (int64_t i = 0; i < rows; ++i) {
       std::memcpy(filled_ + i * stride, from + i * g_.k / 2, static_cast<size_t>(g_.k / 2));
     }
-    s_.unpack(filled_ + 0, stride, shape_.blocks, table_, bytes_ + 0);
+    s_.unpack(filled_ + 0, stride, shape_.blocks, table_, bytes_ + 0, fetching_ ? nullptr : next_);
   }
 
-  void load_second_scale(int64_t first_row, int64_t rows) const {
+  // What stands beside the codes of 16 rows, the panel's `at`th and following.
+  void load_beside(int64_t first_row, int64_t at) const {
+    const int64_t left = g_.n - first_row, rows = left < 0 ? 0 : left < kPanel ? left : kPanel;
+    float* scales = scales_ + at * shape_.groups;
+    columns_.read(g_.weight_scales, first_row, rows, shape_.used, shape_.groups, scales);
+    if (g_.kind == Codes::kE2M1) times_second_scale(first_row, rows, scales);
+    columns_.read(g_.up, first_row, rows, g_.r, g_.r, up_ + at * g_.r);
+    for (int64_t i = 0; i < kPanel; ++i) bias_[at + i] = i < rows ? bias_of(g_.bias, first_row + i) : 0.0f;
+  }
+
+  void times_second_scale(int64_t first_row, int64_t rows, float* scales) const {
     float factors[kPanel] = {};
     for (int64_t i = 0; i < rows; ++i) factors[i] = second_scale(g_, first_row + i);
     for (int64_t g = 0; g < shape_.groups; ++g) {
-      for (int64_t i = 0; i < kPanel; ++i) scales_[g * kPanel + i] *= factors[i];
+      for (int64_t i = 0; i < kPanel; ++i) scales[g * kPanel + i] *= factors[i];
     }
   }
 
@@ -136,9 +155,11 @@ class Panel {
   const Spelling& s_;
   const CodeTable& table_;
   const Columns columns_;
+  const int64_t width_;
   const Scratch<uint8_t> filled_, bytes_;
-  const Scratch<float> scales_, up_;
-  mutable float bias_[kPanel];
+  const Scratch<float> scales_, up_, bias_;
+  mutable const uint8_t* next_ = nullptr;
+  mutable bool fetching_ = false;
 };
 
 // One token: reading the nibbles once, in the order in which they lie, is all there is to gain.
@@ -212,7 +233,7 @@ const char* gemm(const Gemm& args, const Launch& launch) {
     return nullptr;
   }
   const Activations acts(args, shape, *s, table, launch);
-  for_panels(launch, args, *s, [&] { return Panel(args, shape, *s, table); }, acts);
+  for_panels<Panel>(launch, args, *s, [&] { return Panel(args, shape, *s, table); }, acts);
   return nullptr;
 }
 

@@ -44,7 +44,10 @@ class Panel8 {
         bytes_(k_ * kPanel),
         up_(ceil_div(g.r, 8) * 8 * kPanel) {}
 
-  void load(int64_t first_row) const {
+  static int64_t width_of(const Spelling&) { return kPanel; }
+  int64_t width() const { return kPanel; }
+
+  void load(int64_t first_row, int64_t) const {
     const int64_t rows = g_.n - first_row < kPanel ? g_.n - first_row : kPanel;
     load_codes(g_.weight_codes + first_row * g_.k, rows);
     columns_.read(g_.up, first_row, rows, g_.r, g_.r, up_ + 0);
@@ -96,7 +99,7 @@ const char* gemm_int8(const GemmInt8& args, const Launch& launch) {
   const Spelling* s = find(launch.spelling);
   if (!s) return "this processor has no such spelling";
   const Activations8 acts(args, launch);
-  for_panels(launch, args, *s, [&] { return Panel8(args, *s); }, acts);
+  for_panels<Panel8>(launch, args, *s, [&] { return Panel8(args, *s); }, acts);
   return nullptr;
 }
 

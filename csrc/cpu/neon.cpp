@@ -28,7 +28,8 @@ SVDQUANT_INLINE void transpose(uint32x4_t (&v)[4]) {
   v[3] = high(a1, b1);
 }
 
-void unpack(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel) {
+void unpack(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel,
+            const uint8_t*) {
   const uint8x16_t values = vld1q_u8(table.weight), low = vdupq_n_u8(15);
   for (int64_t half = 0; half < blocks * 2; ++half) {  // 32 columns, 16 bytes
     for (int64_t quarter = 0; quarter < 4; ++quarter) {

@@ -89,7 +89,8 @@ void arrange(const int8_t* codes, int64_t blocks, const CodeTable& table, int8_t
   }
 }
 
-void unpack(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel) {
+void unpack(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel,
+            const uint8_t*) {
   for (int64_t row = 0; row < kPanel; ++row) {
     for (int64_t byte = 0; byte < blocks * kBlock / 2; ++byte) {
       const uint8_t pair = rows[row * stride + byte];
@@ -166,7 +167,7 @@ void dot_awq(const uint8_t* codes, int64_t blocks, int64_t per_group, const floa
 
 const Spelling* portable() {
   static const Spelling spelling = {
-      "portable", supported, widen, narrow, smooth, codes_int, codes_e2m1, project, arrange, unpack, interleave,
+      "portable", supported, 1, widen, narrow, smooth, codes_int, codes_e2m1, project, arrange, unpack, interleave,
       multiply, multiply, nullptr, nullptr, branch, order_awq, dot_awq};
   return &spelling;
 }

@@ -45,16 +45,19 @@ class Quantizer {
     widen_rows(s, launch, q.down, q.r, q.k, down_);
   }
 
-  // Tokens begin..end.
-  void run(int64_t begin, int64_t end) const {
+  // Tokens, in fours.
+  void run(const Pieces& pieces) const {
     const Scratch<float> x(kTokens * q_.k), xs(q_.k), alpha(q_.k / size_);
-    for (int64_t m = begin; m < end; m += kTokens) {
-      const int64_t rows = end - m < kTokens ? end - m : kTokens;
-      for (int64_t i = 0; i < rows; ++i) {
-        s_.widen(row_of(q_.x, m + i), q_.x.dtype, x + i * q_.k, q_.k);
-        encode(x + i * q_.k, m + i, xs, alpha);
+    for (int64_t begin, end; pieces.take(&begin, &end);) {
+      const int64_t last = end * kTokens < q_.m ? end * kTokens : q_.m;
+      for (int64_t m = begin * kTokens; m < last; m += kTokens) {
+        const int64_t rows = last - m < kTokens ? last - m : kTokens;
+        for (int64_t i = 0; i < rows; ++i) {
+          s_.widen(row_of(q_.x, m + i), q_.x.dtype, x + i * q_.k, q_.k);
+          encode(x + i * q_.k, m + i, xs, alpha);
+        }
+        if (q_.r) s_.project(x + 0, rows, down_ + 0, q_.k, q_.r, q_.hidden + m * q_.r);
       }
-      if (q_.r) s_.project(x + 0, rows, down_ + 0, q_.k, q_.r, q_.hidden + m * q_.r);
     }
   }
 
@@ -85,10 +88,8 @@ const char* quantize(const Quantize& args, const Launch& launch) {
   const cpu::Spelling* s = cpu::find(launch.spelling);
   if (!s) return "this processor has no such spelling";
   const cpu::Quantizer quantizer(args, *s, launch);
-  cpu::for_ranges(launch, cpu::ceil_div(args.m, cpu::kTokens), 1, [&](int64_t begin, int64_t end) {
-    const int64_t last = end * cpu::kTokens;
-    quantizer.run(begin * cpu::kTokens, last < args.m ? last : args.m);
-  });
+  cpu::for_pieces(launch, cpu::ceil_div(args.m, cpu::kTokens), 1,
+                  [&](const cpu::Pieces& pieces) { quantizer.run(pieces); });
   return nullptr;
 }
 

@@ -21,6 +21,7 @@ namespace svdquant::cpu {
 
 constexpr int64_t kPanel = 16;  // weight rows, one 512-bit register of sums
 constexpr int64_t kBlock = 64;  // columns, one 256-bit load of nibbles
+constexpr int64_t kFetching = 32;  // tokens from which on a product takes long enough to fetch the next panel in
 
 // What a 4-bit code becomes, as a weight's byte (zero added) and as an activation's.
 struct CodeTable {
@@ -33,18 +34,22 @@ struct CodeTable {
 // One panel times some tokens: out[m][0..15] += sum over groups of (int sum) * weight_scale * token_scale.
 struct Tile {
   int64_t rows, groups;
-  const uint8_t* panel;        // [K/4][16][4]
-  const float* weight_scales;  // [groups][16]
+  const uint8_t* panel;        // [K/4][16][4], or as `unpack` has it
+  const float* weight_scales;  // [panels][groups][16]
   const int8_t* acts;          // [rows][K]        arranged
   const int32_t* starts;       // [rows][groups]   -zero * sum of codes, and what else `arrange` puts in
   const float* scales;         // [rows][groups]
-  float* out;                  // [rows][16]
+  float* out;                  // [rows][panels * 16]
   int64_t out_stride;
+  const uint8_t* next;         // nibbles to fetch meanwhile, as many as this panel's, or nullptr
 };
 
 struct Spelling {
   const char* name;
   bool (*supported)();
+
+  // How many panels `unpack` and `multiply` take side by side; their 4-bit codes may then lie in an order of their own.
+  int64_t panels;
 
   // Any float to fp32.
   void (*widen)(const void* from, DType dtype, float* to, int64_t count);
@@ -60,8 +65,9 @@ struct Spelling {
 
   // Codes of one token in the order of a panel, and the start of every group's sum, for nobody but `multiply`.
   void (*arrange)(const int8_t* codes, int64_t blocks, const CodeTable& table, int8_t* to, int32_t* starts);
-  // Nibbles of 16 weight rows, `stride` bytes apart, into a panel. What follows them in memory comes next.
-  void (*unpack)(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel);
+  // Nibbles of panels * 16 weight rows, `stride` bytes apart, into a panel; `next` as in Tile.
+  void (*unpack)(const uint8_t* rows, int64_t stride, int64_t blocks, const CodeTable& table, uint8_t* panel,
+                 const uint8_t* next);
   // Rows of 16 to columns of 16, of 32-bit words: to[j][i] = from[i][j], with rows `stride` apart, a multiple of 8.
   void (*interleave)(const void* from, int64_t stride, void* to);
   void (*multiply)(const Tile& tile, int64_t group);
