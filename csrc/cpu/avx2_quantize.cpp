@@ -190,8 +190,9 @@ void project_tile(const float* x, const float* down, int64_t k, int64_t r, float
 template <int kRows>
 void project_rows(const float* x, const float* down, int64_t k, int64_t r, float* hidden) {
   int64_t j = 0;
-  for (; j + 2 <= r; j += 2) project_tile<kRows, 2>(x, down + j * k, k, r, hidden + j);
-  if (j < r) project_tile<kRows, 1>(x, down + j * k, k, r, hidden + j);
+  for (; j + 3 <= r; j += 3) project_tile<kRows, 3>(x, down + j * k, k, r, hidden + j);
+  if (r - j == 2) project_tile<kRows, 2>(x, down + j * k, k, r, hidden + j);
+  if (r - j == 1) project_tile<kRows, 1>(x, down + j * k, k, r, hidden + j);
 }
 
 void project(const float* x, int64_t rows, const float* down, int64_t k, int64_t r, float* hidden) {
