@@ -21,6 +21,12 @@ namespace svdquant::cpu {
 static inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 static inline void store_bytes(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
+static inline __m256i broadcast2(const void* p) {
+  int16_t word;
+  std::memcpy(&word, p, 2);
+  return _mm256_set1_epi16(word);
+}
+
 static inline __m256i broadcast4(const void* p) {
   int32_t word;
   std::memcpy(&word, p, 4);
@@ -51,12 +57,6 @@ SVDQUANT_INLINE static void transpose(__m256i (&v)[8]) {
 SVDQUANT_INLINE static const uint8_t* fetch(const uint8_t* from, int lines) {
   for (int i = 0; i < lines; ++i, from += 64) _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0);
   return from;
-}
-
-static inline __m256i broadcast2(const void* p) {
-  int16_t word;
-  std::memcpy(&word, p, 2);
-  return _mm256_set1_epi16(word);
 }
 
 static inline float sum(__m256 v) {

@@ -1,11 +1,11 @@
 // The W4A4 product. Loops, outermost first:
 //
 //     256 tokens        a strip: their codes stay in the second- or third-level cache
-//       16 rows         a panel of weights, unpacked once from nibbles, in the second-level cache
+//       16 rows         a panel of weights (AVX2: 32), unpacked once from nibbles, in the second-level cache
 //         all tokens    Spelling::multiply, which takes as many at once as it has registers for
 //
-// Threads share out (strip, panel) pairs. Every output is one thread's, summed in fp32 in one order, whatever the
-// number of threads.
+// Threads take (strip, panel) pairs as they get through with them. Every output is one thread's, summed in fp32 in one
+// order, whatever the number of threads.
 #include "panel.h"
 
 namespace svdquant {

@@ -22,11 +22,7 @@ class Columns {
   void read(const Floats& from, int64_t first_row, int64_t rows, int64_t used, int64_t count, float* to) const {
     const int64_t stride = ceil_div(count, 8) * 8;
     if (used < stride || rows < kPanel) std::memset(line_ + 0, 0, static_cast<size_t>(stride * kPanel) * sizeof(float));
-    if (used == stride && from.stride == stride) {  // a call for all rows is much of the time of short ones
-      s_.widen(row_of(from, first_row), from.dtype, line_ + 0, rows * stride);
-    } else {
-      for (int64_t i = 0; i < rows; ++i) s_.widen(row_of(from, first_row + i), from.dtype, line_ + i * stride, used);
-    }
+    for (int64_t i = 0; i < rows; ++i) s_.widen(row_of(from, first_row + i), from.dtype, line_ + i * stride, used);
     s_.interleave(line_ + 0, stride, to);
   }
 

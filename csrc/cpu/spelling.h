@@ -8,6 +8,8 @@
 //     a row's 8 columns   0 1 2 3 4 5 6 7  ->  step 2c: 0 2 4 6, step 2c+1: 1 3 5 7
 //     a panel             [steps][16 rows][4 columns]  uint8, code + zero
 //
+// AVX2 has an order of its own, of 32 rows: `unpack` in avx2_gemm.cpp.
+//
 // Bytes of a panel are unsigned: `zero` is added, and taken out again by starting every sum at -zero * (sum of the
 // token's codes). Unsigned times signed bytes is what CPUs multiply. It is 16 for int4 and 24 for e2m1, whose values
 // are doubled: twice what would do, so that a weight's byte plus an activation is never negative either.
