@@ -7,7 +7,7 @@
 #pragma once
 
 #include "floats.cuh"
-#include "run.cuh"
+#include "sizes.cuh"
 
 namespace svdquant::cuda {
 
@@ -69,12 +69,6 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expand p) {
     st_global(p.to_scales + group * p.scale_row + row,
               load_one(p.scales.data, p.scales.dtype, row * p.scales.stride + group));
   }
-}
-
-inline const char* run_expand(Expand p, int sms, const Launch& launch) {
-  const int64_t needed = ceil_div(p.rows * (p.k / 16), kExpandThreads), most = 16 * static_cast<int64_t>(sms);
-  p.blocks = static_cast<int>(needed < most ? needed : most);
-  return run(expand_kernel<64>, {p.blocks, 1, kExpandThreads, 0}, launch, p);
 }
 
 }  // namespace svdquant::cuda

@@ -7,6 +7,8 @@
 // one bf16, hidden's high half with up's low one in a turn of its own.
 #pragma once
 
+#include <type_traits>
+
 #include "epilogue.cuh"
 #include "hopper_grid.cuh"
 

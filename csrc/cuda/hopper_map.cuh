@@ -3,6 +3,10 @@
 
 #include "hopper_ptx.cuh"
 
+#ifdef __CUDACC__
+#include <cudaTypedefs.h>
+#endif
+
 namespace svdquant::cuda {
 
 // A matrix as the copy engine reads it: boxes of box_rows x box_columns elements, zeros outside the matrix.

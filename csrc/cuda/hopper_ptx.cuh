@@ -12,7 +12,6 @@
 #else
 
 #include <cuda.h>
-#include <cudaTypedefs.h>
 
 // The device's pass over a file for sm_90a; everything here and in the kernels is empty in every other.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

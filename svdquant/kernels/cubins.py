@@ -68,7 +68,7 @@ def headers() -> dict[str, str]:
     kernels = {file.name: file for file in sorted((CSRC / "cuda").glob("*.cuh"))}
     standard = {file.name: file for file in sorted((CSRC / "cuda" / "nvrtc").iterdir())}
     files = {"../launch.h": CSRC / "launch.h", **kernels, **standard}
-    return {name: file.read_text(encoding="utf-8") for name, file in files.items() if "hopper" not in name}
+    return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
 
 
 # ---- the compiler ----

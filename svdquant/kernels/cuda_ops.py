@@ -130,7 +130,8 @@ class CudaOps:
         if args.m == 0 or args.n == 0:
             return
         args.second_scale = kept.factor(second_scale, args.n)
-        self._launch(codes, spelling, lambda _: [launches.gemm(spelling, kind, args)])
+        scratch = partial(kept.scratch, hidden)
+        self._launch(codes, spelling, lambda card: launches.gemm(spelling, kind, card, args, scratch))
 
     def gemm_int4_gelu(self, codes: Tensor, scales: Tensor, hidden: Tensor, *rest: Any) -> _Quantized:
         """`rest`: weight_codes, weight_scales, up, bias, next_smooth, next_down, next_shift, dtype, spelling."""
@@ -157,7 +158,7 @@ class CudaOps:
             factors = kept.vector(smooth, "next_smooth"), kept.matrix(down, "next_down"), shift
             outputs = (t.data_ptr() for t in made)
             fused = GemmGelu(args, Quantize(KINDS[kind], m, n, r, Floats(None, x), *factors, *outputs))
-            scratch = partial(kept.scratch, codes)
+            scratch = partial(kept.scratch, hidden)
             start = partial(launches.gemm_gelu, spelling, args=fused, kind=kind, scratch=scratch)
             self._launch(codes, spelling, lambda card: start(card.arch))
         return made
@@ -190,8 +191,9 @@ class CudaOps:
         if m == 0 or n == 0:
             return
         first = map(kept.whole, (codes, scales, hidden, weight_codes, weight_scales))
+        scratch = partial(kept.scratch, hidden)
         args = GemmInt8(m, n, k, r, *first, kept.matrix(up, "up"), kept.vector(bias, "bias"), added, to)
-        self._launch(codes, spelling, lambda _: [launches.gemm(spelling, "int8", args)])
+        self._launch(codes, spelling, lambda card: launches.gemm(spelling, "int8", card, args, scratch))
 
     def gemv_awq(
         self,

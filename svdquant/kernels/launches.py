@@ -1,20 +1,21 @@
 """Which kernel a call needs, and on how many blocks: what the host side of csrc/cuda/*.cu says, as a table.
 
 It is for kernels that NVRTC compiled, to which no C++ leads. Tests record what the C++ launches for the same calls and
-demand the same kernel, grid and parameters, to the byte. Those for Hopper alone are left out, as machines with such
-cards have compilers.
+demand the same kernel, grid and parameters, to the byte. Those of Hopper alone are in
+hopper.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
 
-from .starts import Kernel, Refused, Scratch, Start, ceil_div, check_aligned
+from . import hopper
+from .starts import Kernel, Place, Refused, Scratch, Start, ceil_div, check_aligned
 from .structs import (
     DTYPES,
     KINDS,
@@ -111,23 +112,43 @@ INT8 = _product(
     "gemm_w8a8", "gemm_int8_kernel<{}>", _int8_bytes, alignment=(16, 16), tiles=(LARGE_WIDE, SMALL_WIDE)
 )
 
+_FEW = {"int4": INT4_WIDE, "int4-unsigned": INT4_WIDE}  # tokens, of spellings whose own product takes more
 PRODUCTS = {  # spelling -> kind of activation -> product
     "mma_s4": {"int4": INT4, "int4-unsigned": UINT4},
     "mma_sm75": {"int4": INT4, "int4-unsigned": UINT4},
     "mma_s8": {"int4": INT4_WIDE, "int4-unsigned": INT4_WIDE, "int8": INT8},
     "mma_f16": {"nvfp4": NVFP4},
     "mxf4_sm120": {"nvfp4": MXF4},
+    "wgmma_e4m3": _FEW,
+    "wgmma_e4m3_x4": _FEW,
+}
+_W4A4 = {
+    "wgmma_e4m3": partial(hopper.gemm_int4, in_clusters=False),
+    "wgmma_e4m3_x4": partial(hopper.gemm_int4, in_clusters=True),
+}
+HOPPER = {  # kind of activation -> spelling -> the launches of a product
+    "int4": _W4A4,
+    "int4-unsigned": _W4A4,
+    "int8": {
+        "wgmma_s8": partial(hopper.gemm_int8, in_clusters=False),
+        "wgmma_s8_x2": partial(hopper.gemm_int8, in_clusters=True),
+    },
 }
 
 
-def gemm(spelling: str, kind: str, args: Gemm | GemmInt8) -> Start:
+def gemm(spelling: str, kind: str, place: Place, args: Gemm | GemmInt8, scratch: Scratch) -> Iterable[Start]:
     """A product in a spelling; kind: of activations, a key of KINDS."""
+    few = (
+        args.m <= hopper.TILE_ROWS
+    )  # for one row of tiles, W4A4's pass over the weights would cost more than it saves
+    if spelling in HOPPER.get(kind, ()) and not (few and kind != "int8"):
+        return HOPPER[kind][spelling](place, args, scratch)
     product = PRODUCTS.get(spelling, {}).get(kind)
     if product is None:
         raise Refused(f"it has no product for {kind} activations")
     if product is INT8 and args.k % 16:
         raise Refused("K must be a multiple of 16")
-    return product.start(args)
+    return [product.start(args)]
 
 
 # ---- quantizers: 16 tokens a block of 256 threads, and so many ranks ----
@@ -247,6 +268,7 @@ def kernels(arch: int) -> Iterator[Kernel]:
     products += [product for spelling in fused for product in FUSED[spelling].values()]
     for product in products:
         yield from (product.large.kernel, product.small.kernel)
+    yield from hopper.kernels() if arch == 90 else ()
     for kind in ("int4", "nvfp4", "int8"):
         for dtype, ranks in TYPES.items():
             if dtype != "kBF16" or arch >= 80:

@@ -118,11 +118,6 @@ def _block_scaled(device: Device) -> str:
     return lack or ("" if BLOCK_SCALED in device.features else "this torch has no block-scaled product")
 
 
-def _compiled(needs: Callable[[Device], str]) -> Callable[[Device], str]:
-    """The same of a spelling that only a C++ compiler can build."""
-    return lambda device: "it needs a C++ compiler" if device.by_nvrtc else needs(device)
-
-
 def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
@@ -147,10 +142,10 @@ SPELLINGS = (
     Spelling(
         "portable", "cpu", LAYER_OPS, _feature("portable"), on_request="slower than torch for a whole picture"
     ),
-    Spelling("wgmma_e4m3_x4", "cuda", INT4_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),
-    Spelling("wgmma_e4m3", "cuda", INT4_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),
-    Spelling("wgmma_s8_x2", "cuda", INT8_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),
-    Spelling("wgmma_s8", "cuda", INT8_OPS, _compiled(_capability((9, 0), (9, 0), "wgmma"))),
+    Spelling("wgmma_e4m3_x4", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma")),
+    Spelling("wgmma_e4m3", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma")),
+    Spelling("wgmma_s8_x2", "cuda", INT8_OPS, _capability((9, 0), (9, 0), "wgmma")),
+    Spelling("wgmma_s8", "cuda", INT8_OPS, _capability((9, 0), (9, 0), "wgmma")),
     Spelling("mxf4_sm120", "cuda", NVFP4_OPS, _capability((12, 0), NEWEST_GPU, "mxf4nvf4 mma")),
     Spelling(TORCH_SCALED, "cuda", NVFP4_OPS, _block_scaled, library=False, yields=("quantize_nvfp4",)),
     Spelling("mma_s4", "cuda", INT4_OPS, _capability((8, 0), (8, 9), "mma.s4")),

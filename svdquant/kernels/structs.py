@@ -19,6 +19,12 @@ def _struct(name: str, **fields: type) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
+def _aligned(name: str, multiple: int, **fields: type) -> type[ctypes.Structure]:
+    """Filled up to a multiple of bytes, as C++ does for what has such a member, and as a launch reads it."""
+    gap = -ctypes.sizeof(_struct(name, **fields)) % multiple
+    return _struct(name, **fields, **({"_gap": ctypes.c_uint8 * gap} if gap else {}))
+
+
 Floats = _struct("Floats", data=_POINTER, dtype=_ENUM, stride=_SIZE)
 Output = _struct("Output", data=_POINTER, dtype=_ENUM, stride=_SIZE)
 Quantize = _struct(
@@ -61,4 +67,55 @@ Gemv = _struct(
     weight_codes=_POINTER,
     **dict.fromkeys(("weight_scales", "zeros", "bias", "addend"), Floats),
     out=Output,
+)
+
+# ---- of csrc/cuda/hopper_*.cuh ----
+
+_INT = ctypes.c_int32
+MAP_ALIGNMENT = 128
+TensorMap = _struct("TensorMap", words=ctypes.c_uint64 * 16)  # the driver's own, which it alone can fill in
+TileGrid = _struct("TileGrid", rows=_INT, columns=_INT, workers=_INT, band=_INT)
+Finish = _struct(
+    "Finish",
+    **dict.fromkeys("mnr", _INT),
+    **dict.fromkeys(("scales", "weight_scales", "hidden"), _POINTER),
+    **dict.fromkeys(("up", "bias", "addend"), Floats),
+    out=Output,
+)
+W8A8Params = _aligned(
+    "W8A8Params",
+    MAP_ALIGNMENT,
+    **dict.fromkeys(("codes", "weights"), TensorMap),
+    grid=TileGrid,
+    steps=_INT,
+    finish=Finish,
+)
+W4A4Params = _aligned(
+    "W4A4Params",
+    MAP_ALIGNMENT,
+    **dict.fromkeys(("codes", "weights", "scales", "weight_scales"), TensorMap),
+    grid=TileGrid,
+    steps=_INT,
+    finish=Finish,
+)
+Expand = _struct(
+    "Expand",
+    codes=_POINTER,
+    packed=ctypes.c_bool,
+    table=ctypes.c_uint32 * 4,
+    scales=Floats,
+    rows=_SIZE,
+    k=_SIZE,
+    to_codes=_POINTER,
+    to_scales=_POINTER,
+    scale_row=_SIZE,
+    blocks=_INT,
+)
+LaunchConfig = _struct(  # CUlaunchConfig of cuda.h
+    "LaunchConfig",
+    **{f"{of}_{axis}": ctypes.c_uint32 for of in ("grid", "block") for axis in "xyz"},
+    shared_bytes=ctypes.c_uint32,
+    stream=_POINTER,
+    attributes=_POINTER,
+    attribute_count=ctypes.c_uint32,
 )

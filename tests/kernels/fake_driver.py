@@ -29,20 +29,33 @@ class Grid(ctypes.Structure):
     ]
 
 
+class EmulatedMap(ctypes.Structure):
+    """What the emulated copy engine is told about a matrix."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "row_bytes")),
+        *((name, ctypes.c_int32) for name in ("box_rows", "box_columns", "element_bytes")),
+        ("swizzled", ctypes.c_bool),
+    ]
+
+
 @dataclass
 class Functions:
     """What stands for libcuda.
 
-    arch      of the emulated card that launches run on, None for none
-    fails     name of a function -> its error
-    called    names of all functions that were called, in order
-    launched  name of a kernel, grid, threads, bytes of shared memory, stream
+    arch             of the emulated card that launches run on, None for none
+    fails            name of a function -> its error
+    called           names of all functions that were called, in order
+    launched         name of a kernel, grid, threads, bytes of shared memory, stream
+    multiprocessors  of the card
     """
 
     arch: int | None = None
     fails: dict[str, int] = field(default_factory=dict)
     called: list[str] = field(default_factory=list)
     launched: list[tuple[Any, ...]] = field(default_factory=list)
+    multiprocessors: int = 4
     _names: list[str] = field(default_factory=list)
     _contexts: list[int] = field(default_factory=list)
 
@@ -92,12 +105,48 @@ class Functions:
     def _FuncSetAttribute(self, function: ctypes.c_void_p, which: int, value: int) -> None:
         assert which == 8 and value > 48 * 1024
 
+    def _DeviceGetAttribute(self, to: Any, which: int, device: ctypes.c_int) -> None:
+        assert which == 16
+        to._obj.value = self.multiprocessors
+
+    def _OccupancyMaxActiveClusters(self, to: Any, function: ctypes.c_void_p, config: Any) -> None:
+        """As many as there are processors for, the last one of fewer: as the emulator's run.cuh says."""
+        assert self._contexts and self._names[function.value - 1] and not config._obj.attribute_count
+        to._obj.value = -(-self.multiprocessors // config._obj.grid_x)
+
+    def _TensorMapEncodeTiled(self, to: Any, kind: int, rank: int, address: Any, *rest: Any) -> int:
+        """The map as the emulator has it, if the driver would take it: the conditions of CUDA's documentation."""
+        sizes, strides, box, steps, interleave, swizzle, promotion, fill = rest
+        at, element = ctypes.cast(to, ctypes.c_void_p).value, {0: 1, 7: 4}[kind]
+        inner = box[0] * element
+        conditions = (
+            at % 128 == 0,
+            rank == len(sizes) == len(box) == len(steps) == len(strides) + 1,
+            address.value % 16 == 0,
+            all(0 < size <= 2**32 for size in sizes),
+            all(stride % 16 == 0 and stride < 2**40 for stride in strides),
+            strides[0] >= sizes[0] * element,
+            all(0 < size <= 256 for size in box),
+            all(0 < step <= 8 for step in steps),
+            inner % 16 == 0,
+            interleave == fill == 0 and swizzle in (0, 3) and promotion in range(4),
+            swizzle == 0 or inner <= 128,
+        )
+        if not all(conditions):
+            return 1
+        told = EmulatedMap(address, sizes[1], sizes[0], strides[0], box[1], box[0], element, swizzle == 3)
+        ctypes.memmove(at, ctypes.byref(told), ctypes.sizeof(told))
+        return 0
+
     def _LaunchKernel(self, function: ctypes.c_void_p, *arguments: Any) -> int:
         x, y, z, threads, one, also_one, shared, stream, params, extra = arguments
         assert self._contexts and (z, one, also_one, extra) == (1, 1, 1, None)
         name = self._names[function.value - 1].removeprefix("_Z")
         self.launched.append((name, (x, y), threads, shared, stream.value))
-        return self._run(name, Grid(x, y, threads, shared, 1), params[0]) if self.arch else 0
+        if not self.arch:
+            return 0
+        cluster = {kernel.name: kernel.cluster for kernel in launches.kernels(self.arch)}[name]
+        return self._run(name, Grid(x, y, threads, shared, cluster), params[0])
 
     def _run(self, name: str, grid: Grid, params: int) -> int:
         kernels = library(self.arch)

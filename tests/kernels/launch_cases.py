@@ -29,7 +29,7 @@ def cases(arch: int) -> dict[str, Case]:
         for dtype in (BF16, F16, F32):
             found |= {f"{name}-{op}-{dtype}": (op, arguments) for op, arguments in _quantizers(shape, dtype)}
             found |= {f"{name}-{op}-{dtype}": (op, arguments) for op, arguments in _products(shape, dtype)}
-    return found | _unusual() | _gemvs() | _of_card(arch) | _gelus(arch)
+    return found | _unusual() | _gemvs() | _of_card(arch) | _gelus(arch) | (_hoppers() if arch == 90 else {})
 
 
 def _quantizers(shape: tuple[int, ...], dtype: torch.dtype) -> list[Case]:
@@ -193,3 +193,41 @@ def gelu(shape: tuple[int, ...], dtype: torch.dtype, spelling: str, shift: float
     )
     weights = _weights(n, k // 2, k // 64, 16, dtype)
     return "gemm_int4_gelu", (*acts, *weights, bias, smooth, down, shift, dtype, spelling)
+
+
+def _hoppers() -> dict[str, Case]:
+    """Hopper's own products: every tile that 132 processors choose, operands of either sign, and what is refused."""
+    shapes = [
+        (1, 64),
+        (1, 9216),
+        (129, 512),
+        (129, 6144),
+        (129, 9216),
+        (1024, 4096),
+        (512, 12288),
+        (2048, 2050),
+    ]
+    found = {}
+    for m, n in (*shapes, (1024, 1536), (4608, 3072), (0, 64), (3, 0)):
+        for dtype in (BF16, F32):
+            acts = torch.zeros(m, 192, dtype=torch.int8), torch.zeros(m, 1), torch.zeros(m, 8)
+            weights = torch.zeros(n, 192, dtype=torch.int8), torch.zeros(n, 1), torch.zeros(n, 8, dtype=dtype)
+            bias, addend = (torch.zeros(n), torch.zeros(m, n)) if dtype == F32 else (None, None)
+            rest = *weights, bias, addend, torch.empty(m, n + 3, dtype=dtype)[:, 3:]
+            for spelling in ("wgmma_s8", "wgmma_s8_x2"):
+                found[f"{spelling}-{m}-{n}-{dtype}"] = ("gemm_int8", (*acts, *rest, spelling))
+            four = *_weights(n, 96, 3, 8, dtype), bias, addend, rest[-1]
+            scales = torch.zeros(m, 3, dtype=dtype)
+            for spelling in ("wgmma_e4m3", "wgmma_e4m3_x4"):
+                for sign, codes in (("", acts[0]), ("unsigned-", acts[0].byte())):
+                    given = codes, scales, acts[2], *four, spelling
+                    found[f"{spelling}-{sign}{m}-{n}-{dtype}"] = ("gemm_int4", given)
+    whole = found["wgmma_s8-129-512-torch.bfloat16"][1]
+    odd = torch.zeros(129, 200, dtype=torch.int8), *whole[1:3], torch.zeros(512, 200, dtype=torch.int8)
+    late = torch.zeros(129 * 192 + 8, dtype=torch.int8)[8:].view(129, 192)
+    found["wgmma_s8-k-of-no-16"] = ("gemm_int8", (*odd, *whole[4:]))
+    found["wgmma_s8-not-aligned"] = ("gemm_int8", (late, *whole[1:]))
+    four = found["wgmma_e4m3-129-512-torch.bfloat16"][1]
+    found["e4m3-not-aligned"] = ("gemm_int4", (late, *four[1:]))
+    found["e4m3-scales-are-a-view"] = ("gemm_int4", (four[0], torch.zeros(129, 6)[:, 3:], *four[2:]))
+    return found

@@ -21,9 +21,12 @@ pack.alias()
 import torch  # noqa: E402
 
 from svdquant_nodes.svdquant.kernels import arguments, cuda_ops, launches, ops, structs  # noqa: E402
-from svdquant_nodes.tests.kernels.fake_driver import Grid  # noqa: E402
+from svdquant_nodes.svdquant.kernels.driver import Card, Driver  # noqa: E402
+from svdquant_nodes.svdquant.kernels.starts import Start  # noqa: E402
+from svdquant_nodes.tests.kernels.fake_driver import EmulatedMap, Functions, Grid, compiled  # noqa: E402
 from svdquant_nodes.tests.kernels.launch_cases import cases  # noqa: E402
 
+MULTIPROCESSORS = 132
 PARAMS = {  # header or name of a kernel -> what it takes, where that is not Gemm
     "add_parts_kernel<256>": structs.PartsParams,
     "quantize": structs.QuantizeParams,
@@ -31,16 +34,21 @@ PARAMS = {  # header or name of a kernel -> what it takes, where that is not Gem
     "gemm_int4_gelu": structs.GeluParams,
     "gemm_w8a8": structs.GemmInt8,
     "gemv_awq": structs.Gemv,
+    "hopper_w8a8": structs.W8A8Params,
+    "hopper_w4a4": structs.W4A4Params,
+    "hopper_expand": structs.Expand,
 }
 
 
-class Recording:
+class Recording(Card):
     """The card of the Python side."""
 
     def __init__(self, arch: int) -> None:
-        self.arch, self.starts = arch, []
+        super().__init__(Driver(Functions(multiprocessors=MULTIPROCESSORS)), 0, arch)
+        self.load(compiled(launches.kernels(arch)), launches.kernels(arch))
+        self.starts = []
 
-    def launch(self, start: launches.Start) -> None:
+    def launch(self, start: Start) -> None:
         self.starts.append(start)
 
 
@@ -82,8 +90,14 @@ class Memory:
         found: dict[str, Any] = {}
         for name, kind in struct._fields_:
             value, where = getattr(struct, name), f"{path}{name}"
-            if issubclass(kind, ctypes.Structure):
+            if kind is structs.TensorMap:
+                value = EmulatedMap.from_buffer_copy(value)
+            if name == "_gap":
+                continue
+            if isinstance(value, ctypes.Structure):
                 found |= self.fields(value, f"{where}.")
+            elif isinstance(value, ctypes.Array):
+                found[where] = list(value)
             else:
                 found[where] = self.name(value) if kind is ctypes.c_void_p else value
         return found
@@ -124,7 +138,7 @@ def of_cpp(library: ctypes.CDLL, there: Memory, arch: int) -> list[Any]:
     return found
 
 
-def of_python(starts: list[launches.Start], there: Memory) -> list[Any]:
+def of_python(starts: list[Start], there: Memory) -> list[Any]:
     found = []
     for start in starts:
         kernel, params = start.kernel, start.params
@@ -159,6 +173,7 @@ def by_python(arch: int, op: str, given: tuple[Any, ...]) -> tuple[list[Any], An
 
 def main(emulator: str, library: str, arch: int) -> None:
     loaded = ctypes.CDLL(emulator, ctypes.RTLD_GLOBAL)
+    loaded.set_multiprocessors(MULTIPROCESSORS)
     ops.declare()
     torch.ops.load_library(library)
     said = {}

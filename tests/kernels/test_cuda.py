@@ -15,7 +15,8 @@ import torch
 from svdquant_nodes.svdquant.kernels import cuda, cuda_ops, driver, gpu, jit, launches, select
 from svdquant_nodes.svdquant.kernels.cache import Unavailable
 from svdquant_nodes.svdquant.kernels.settings import settings
-from svdquant_nodes.tests.kernels.fake_driver import STREAM, Functions, card, compiled
+from svdquant_nodes.svdquant.kernels.starts import Matrix
+from svdquant_nodes.tests.kernels.fake_driver import STREAM, EmulatedMap, Functions, card, compiled
 from svdquant_nodes.tools.pack import ROOT
 
 ADA = ((8, 9),)
@@ -109,15 +110,11 @@ def test_a_library_is_tried_once_for_all_gpus(monkeypatch):
 
 def test_the_choice_says_how_it_was_built():
     hopper = select.Device("cuda", capability=(9, 0), by_nvrtc=True)
-    choice = select.choose(hopper, select.Request("gemm_int4", "bfloat16"))
-    assert choice.spelling == "mma_s8"
-    assert choice.sentence().startswith(
-        "mma_s8 (built without a C++ compiler; not wgmma_e4m3_x4: it needs a C++ compiler"
-    )
-    ada = select.choose(replace(hopper, capability=(8, 9)), select.Request("gemm_int4", "bfloat16"))
-    assert ada.sentence() == (
-        "mma_s4 (built without a C++ compiler; not wgmma_e4m3_x4: it needs a C++ compiler; "
-        "not wgmma_e4m3: it needs a C++ compiler)"
+    int4 = select.Request("gemm_int4", "bfloat16")
+    assert select.choose(hopper, int4).sentence() == "wgmma_e4m3_x4 (built without a C++ compiler)"
+    turing = select.choose(replace(hopper, capability=(7, 5)), int4)
+    assert turing.sentence().startswith(
+        "mma_sm75 (built without a C++ compiler; not wgmma_e4m3_x4: wgmma needs"
     )
 
 
@@ -166,6 +163,54 @@ def test_more_shared_memory_than_usual_is_asked_for():
     here.load(compiled([large]), [large])
     assert functions.called.count("cuFuncSetAttribute") == 1
     assert "cuFuncSetAttribute" not in [name for f in [Functions()] if card(80, f) for name in f.called]
+
+
+MAP = Matrix(0x10000, rows=300, columns=192, row_bytes=192, box_rows=128, box_columns=128)
+BAD_MAPS = {
+    "address": dict(data=0x10008),
+    "rows-apart": dict(row_bytes=200),
+    "rows-over-each-other": dict(row_bytes=176),
+    "no-rows": dict(rows=0),
+    "box-too-high": dict(box_rows=257),
+    "box-of-no-pieces": dict(box_columns=120),
+    "box-too-wide-to-be-swizzled": dict(box_columns=256),
+}
+
+
+def test_the_copy_engine_is_told_about_a_matrix():
+    here = card(90, Functions())
+    told = EmulatedMap.from_buffer_copy(here.encode(MAP))
+    assert (told.data, told.rows, told.columns, told.row_bytes) == (0x10000, 300, 192, 192)
+    assert (told.box_rows, told.box_columns, told.element_bytes, told.swizzled) == (128, 128, 1, True)
+    scales = replace(MAP, row_bytes=1216, columns=300, rows=3, box_rows=2, element_bytes=4)
+    assert not EmulatedMap.from_buffer_copy(here.encode(scales)).swizzled
+
+
+@pytest.mark.parametrize("change", BAD_MAPS.values(), ids=BAD_MAPS)
+def test_what_the_copy_engine_cannot_read_is_refused(change):
+    functions = Functions()
+    with pytest.raises(driver.DriverError, match="^cuTensorMapEncodeTiled: invalid argument$"):
+        card(90, functions).encode(replace(MAP, **change))
+    assert functions._contexts == []
+
+
+def test_a_driver_without_the_copy_engine_is_said():
+    class Old(Functions):
+        def __getattr__(self, name):
+            if name == "cuTensorMapEncodeTiled":
+                raise AttributeError(name)
+            return super().__getattr__(name)
+
+    with pytest.raises(driver.DriverError, match="the driver has no cuTensorMapEncodeTiled"):
+        card(90, Old()).encode(MAP)
+
+
+def test_clusters_are_counted_once():
+    functions = Functions(multiprocessors=7)
+    here = card(90, functions)
+    alone, pair = (next(k for k in launches.kernels(90) if k.cluster == blocks) for blocks in (1, 2))
+    assert [here.clusters_at_once(kernel) for kernel in (alone, pair, pair)] == [7, 4, 4]
+    assert functions.called.count("cuOccupancyMaxActiveClusters") == 1
 
 
 def test_a_kernel_of_another_card_is_refused():

@@ -14,13 +14,15 @@ import torch
 from svdquant_nodes.svdquant.core import linear, reference
 from svdquant_nodes.svdquant.kernels import cuda_ops, launches, ops, select, selftest
 from svdquant_nodes.tests import layers
-from svdquant_nodes.tests.kernels import launch_cases, test_cuda_gelu, test_ops
+from svdquant_nodes.tests.kernels import launch_cases, test_cuda_gelu, test_hopper_int8, test_ops
 from svdquant_nodes.tests.kernels.emulated import COMPILER, Kernels
+from svdquant_nodes.tests.kernels.emulated_hopper import Hopper
 from svdquant_nodes.tests.kernels.fake_driver import STREAM, Functions, card
 from svdquant_nodes.tests.tolerances import assert_close
 
 emulated = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
 SPELLINGS = {"mma_sm75": 75, "mma_s8": 120, "mxf4_sm120": 120, "mma_f16": 75, "gemv": 120}
+SPELLINGS |= dict.fromkeys(("wgmma_e4m3", "wgmma_e4m3_x4", "wgmma_s8", "wgmma_s8_x2"), 90)
 FUSED = {"gelu_sm75": ("int4", 75, torch.float16), "gelu_s4": ("int4", 80, torch.bfloat16)}
 FUSED |= {"gelu_s8": ("int8", 120, torch.bfloat16)}
 
@@ -76,6 +78,37 @@ def test_two_layers_around_a_gelu(spelling, at, shape):
     got = op_set(arch, spelling).gemm_int4_gelu(*given, dtype=dtype)
     assert [t.dtype for t in got] == [t.dtype for t in want]
     assert all(map(torch.equal, got, want))
+
+
+@emulated
+@pytest.mark.parametrize("spelling", ["wgmma_s8", "wgmma_s8_x2"])
+def test_eight_bits_on_hopper(spelling):
+    """The same bits as through the C++ launches, on four processors."""
+    given = test_hopper_int8.inputs(260, 200, 144, 16)
+    want = Hopper(clusters=spelling.endswith("x2")).gemm_int8(*given, dtype=torch.bfloat16)
+    functions = Functions(90)
+    got = op_set(90, spelling, functions).gemm_int8(*given, dtype=torch.bfloat16)
+    assert torch.equal(got, want)
+    assert ("Cluster<2, 1>" in functions.launched[0][0]) == spelling.endswith("x2")
+
+
+@emulated
+@pytest.mark.parametrize("spelling", ["wgmma_e4m3", "wgmma_e4m3_x4"])
+@pytest.mark.parametrize("name", ["int4", "int4-unsigned"])
+def test_four_bits_on_hopper(name, spelling):
+    """Through the copy engine's maps of what was made in scratch memory; few tokens run as elsewhere."""
+    functions, weights = Functions(90), layers.random_linear(name, 136, 192, 24)
+    here, x = op_set(90, spelling, functions), layers.random(130, 192, seed=8, dtype=torch.bfloat16)
+    shift = (weights.spec.act_shift,) if weights.spec.act_shift else ()
+    made = getattr(reference, f"quantize_{name.replace('-', '_')}")(x, weights.smooth, weights.down, *shift)
+    in_clusters = spelling.endswith("x4")
+    want = Hopper(clusters=in_clusters).gemm_int4(*made, weights)
+    assert torch.equal(here.gemm_int4(*made, weights), want)
+    tile = f"W4A4Tile<Cluster<{2 if in_clusters else 1}, {2 if in_clusters else 1}>>"
+    assert [entry[0] for entry in functions.launched] == ["expand_kernel<64>"] * 2 + [f"w4a4_kernel<{tile}>"]
+    few = [t[:128] for t in made]
+    assert_close(here.gemm_int4(*few, weights), reference.gemm_int4(*few, weights), "split_branch")
+    assert functions.launched[-1][0] == "gemm_int4_kernel<SmallTile, Int8Product>"
 
 
 @emulated
@@ -148,11 +181,7 @@ def test_every_op_has_the_arguments_of_its_schema():
 
 
 REFUSED = {
-    "other-cards-spelling": (
-        "wgmma_e4m3",
-        0,
-        "spelling 'wgmma_e4m3': it has no product for int4 activations",
-    ),
+    "another-kinds-spelling": ("mma_f16", 0, "spelling 'mma_f16': it has no product for int4 activations"),
     "unaligned-codes": ("mma_s4", 8, "spelling 'mma_s4': codes must begin at a multiple of 16 bytes"),
 }
 
@@ -196,5 +225,6 @@ def test_spellings_of_a_card_are_the_rows_of_the_table(arch):
     listed = space.spellings(torch.empty(0)).split()
     here = select.Device("cuda", capability=divmod(arch, 10))
     rows = [row.name for row in select.SPELLINGS if row.device == "cuda" and not row.needs(here)]
-    assert listed == [name for name in rows if not name.startswith("wgmma")]
-    assert set(listed) - {"gemv"} <= launches.PRODUCTS.keys() | launches.FUSED.keys()
+    assert listed == rows
+    hopper = {spelling for products in launches.HOPPER.values() for spelling in products}
+    assert set(listed) - {"gemv"} <= launches.PRODUCTS.keys() | launches.FUSED.keys() | hopper

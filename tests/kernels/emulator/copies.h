@@ -11,8 +11,8 @@ namespace emulator {
 
 constexpr unsigned kSharedBase = 512;  // the address of a block's first byte: no multiple of the swizzle's 1024
 
-// A matrix that the copy engine knows.
-struct TensorMap {
+// A matrix that the copy engine knows, as large as the driver's form of it.
+struct alignas(128) TensorMap {
   const unsigned char* data = nullptr;
   int64_t rows = 0, columns = 0, row_bytes = 0;
   int box_rows = 0, box_columns = 0, element_bytes = 0;

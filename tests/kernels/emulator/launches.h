@@ -2,6 +2,7 @@
 // by a kernel's name, as csrc's kernels are started where no C++ leads to them.
 #pragma once
 
+#include <cstring>
 #include <functional>
 #include <string>
 #include <vector>
@@ -72,7 +73,9 @@ const char* run(void (*kernel)(Params), const Params& params, const Grid& grid) 
 template <class Params>
 bool know(const char* name, void (*kernel)(Params)) {
   Launches::current().named.push_back({name, reinterpret_cast<const void*>(kernel), [=](const void* params, const Grid& grid) {
-                                         return run(kernel, *static_cast<const Params*>(params), grid);
+                                         Params copy;  // which may have to lie at a multiple of more bytes
+                                         std::memcpy(static_cast<void*>(&copy), params, sizeof copy);
+                                         return run(kernel, copy, grid);
                                        }});
   return true;
 }

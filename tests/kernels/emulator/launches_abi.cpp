@@ -3,6 +3,9 @@
 
 #include "launches.h"
 #include "gemm_int4_gelu.cuh"
+#include "hopper_expand.cuh"
+#include "hopper_w4a4.cuh"
+#include "hopper_w8a8.cuh"
 
 using namespace svdquant;
 using emulator::Launches;
@@ -15,9 +18,14 @@ struct Field {
 };
 
 #define FIELD(STRUCT, NAME) {#STRUCT, #NAME, offsetof(STRUCT, NAME), sizeof(STRUCT::NAME)}
+using cuda::Expand;
+using cuda::Finish;
 using cuda::GeluParams;
 using cuda::PartsParams;
 using cuda::QuantizeParams;
+using cuda::TileGrid;
+using cuda::W4A4Params;
+using cuda::W8A8Params;
 const Field kFields[] = {
     FIELD(Floats, data), FIELD(Floats, dtype), FIELD(Floats, stride),
     FIELD(Output, data), FIELD(Output, dtype), FIELD(Output, stride),
@@ -35,6 +43,16 @@ const Field kFields[] = {
     FIELD(GemmInt8, up), FIELD(GemmInt8, bias), FIELD(GemmInt8, addend), FIELD(GemmInt8, out),
     FIELD(Gemv, m), FIELD(Gemv, n), FIELD(Gemv, k), FIELD(Gemv, group), FIELD(Gemv, x), FIELD(Gemv, weight_codes),
     FIELD(Gemv, weight_scales), FIELD(Gemv, zeros), FIELD(Gemv, bias), FIELD(Gemv, addend), FIELD(Gemv, out),
+    FIELD(TileGrid, rows), FIELD(TileGrid, columns), FIELD(TileGrid, workers), FIELD(TileGrid, band),
+    FIELD(Finish, m), FIELD(Finish, n), FIELD(Finish, r), FIELD(Finish, scales), FIELD(Finish, weight_scales),
+    FIELD(Finish, hidden), FIELD(Finish, up), FIELD(Finish, bias), FIELD(Finish, addend), FIELD(Finish, out),
+    FIELD(W8A8Params, codes), FIELD(W8A8Params, weights), FIELD(W8A8Params, grid), FIELD(W8A8Params, steps),
+    FIELD(W8A8Params, finish),
+    FIELD(W4A4Params, codes), FIELD(W4A4Params, weights), FIELD(W4A4Params, scales), FIELD(W4A4Params, weight_scales),
+    FIELD(W4A4Params, grid), FIELD(W4A4Params, steps), FIELD(W4A4Params, finish),
+    FIELD(Expand, codes), FIELD(Expand, packed), FIELD(Expand, table), FIELD(Expand, scales), FIELD(Expand, rows),
+    FIELD(Expand, k), FIELD(Expand, to_codes), FIELD(Expand, to_scales), FIELD(Expand, scale_row),
+    FIELD(Expand, blocks),
 };
 
 }  // namespace
