@@ -102,23 +102,6 @@ __device__ __forceinline__ void add_branch(const Args& p, const Place<T>& place,
   }
 }
 
-// Two neighbours of a row, of which the second may not exist, in one store where their address allows it.
-__device__ __forceinline__ void store_pair(const Output& out, int64_t row, int64_t column, int64_t n, float a,
-                                           float b) {
-  const bool pair = column + 1 < n;
-  const int64_t at = row * out.stride + column;
-  if (out.dtype == DType::kF32) {
-    float* to = static_cast<float*>(out.data) + at;
-    if (pair && is_aligned(to, 8)) return st_global(reinterpret_cast<float2*>(to), float2{a, b});
-  } else {
-    unsigned short* to = static_cast<unsigned short*>(out.data) + at;
-    const unsigned low = output_bits(out.dtype, a), high = output_bits(out.dtype, b);
-    if (pair && is_aligned(to, 4)) return st_global(reinterpret_cast<unsigned*>(to), low | high << 16);
-  }
-  store_output(out, row, column, a);
-  if (pair) store_output(out, row, column + 1, b);
-}
-
 // Two neighbours of a row of the addend, of which the second may not exist.
 __device__ __forceinline__ float2 load_addend(const Floats& addend, int64_t row, int64_t column, int64_t n) {
   const float* from = static_cast<const float*>(addend.data) + row * addend.stride + column;
@@ -127,30 +110,69 @@ __device__ __forceinline__ float2 load_addend(const Floats& addend, int64_t row,
   return {ld_global(from), pair ? ld_global(from + 1) : 0.0f};
 }
 
+__device__ __forceinline__ float2 load_bias(const Floats& bias, int64_t column, int64_t n) {
+  float2 b = {};
+  if (bias.data && column < n) b.x = load_one(bias.data, bias.dtype, column);
+  if (bias.data && column + 1 < n) b.y = load_one(bias.data, bias.dtype, column + 1);
+  return b;
+}
+
+// Two neighbours of a row in fp32, of which any may not exist.
+__device__ __forceinline__ void store_floats(const Output& out, int64_t row, int64_t column, int64_t n, float2 v) {
+  float* to = static_cast<float*>(out.data) + row * out.stride + column;
+  if (column + 1 < n && is_aligned(to, 8)) return st_global(reinterpret_cast<float2*>(to), v);
+  if (column < n) st_global(to, v.x);
+  if (column + 1 < n) st_global(to + 1, v.y);
+}
+
+// Four neighbours of a row in 16 bits, likewise.
+__device__ __forceinline__ void store_halves(const Output& out, int64_t row, int64_t column, int64_t n, uint2 words) {
+  unsigned short* to = static_cast<unsigned short*>(out.data) + row * out.stride + column;
+  if (column + 3 < n && is_aligned(to, 8)) return st_global(reinterpret_cast<uint2*>(to), words);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const unsigned word = i < 2 ? words.x : words.y;
+    if (column + i < n) st_global(to + i, static_cast<unsigned short>(i % 2 ? word >> 16 : word));
+  }
+}
+
+// Two products' pairs of a row, 8 columns apart, to memory. Halves change places first: of two neighbouring lanes one
+// takes both pairs of the first product, one those of the second, so that four lanes write 32 bytes, a sector, at once.
+__device__ __forceinline__ void store_pairs(const Output& out, int64_t row, int64_t rows, int64_t column, int64_t n,
+                                            const float2 (&v)[2]) {
+  if (out.dtype == DType::kF32) {
+    if (row >= rows) return;
+    store_floats(out, row, column, n, v[0]);
+    store_floats(out, row, column + 8, n, v[1]);
+    return;
+  }
+  const unsigned first = output_pair(out.dtype, v[0].x, v[0].y), second = output_pair(out.dtype, v[1].x, v[1].y);
+  const bool odd = threadIdx.x % 2;
+  const unsigned other = shuffle_xor(odd ? first : second, 1);
+  if (row >= rows) return;
+  store_halves(out, row, odd ? column + 6 : column, n, odd ? uint2{other, second} : uint2{first, other});
+}
+
 // out = sums + bias + addend.
 template <class T, class Args>
 __device__ __forceinline__ void store_sums(const Args& p, const Place<T>& place, const Sums<T>& sums) {
-  const Floats& bias = p.bias;
 #pragma unroll
-  for (int j = 0; j < T::kNs; ++j) {
+  for (int j = 0; j < T::kNs; j += 2) {
     const int64_t column = place.column0 + place.warp_column + 8 * j + 2 * place.t;
-    if (column >= p.n) continue;
-    float b[2] = {};
-    if (bias.data) {
-      b[0] = load_one(bias.data, bias.dtype, column);
-      if (column + 1 < p.n) b[1] = load_one(bias.data, bias.dtype, column + 1);
-    }
+    const float2 bias[2] = {load_bias(p.bias, column, p.n), load_bias(p.bias, column + 8, p.n)};
 #pragma unroll
     for (int i = 0; i < T::kMs * 2; ++i) {
       const int64_t row = place.row0 + place.warp_row + 8 * i + place.g;
-      if (row >= p.m) continue;
-      const float* pair = &sums[i / 2][j][i % 2 * 2];
-      float2 v = {add(pair[0], b[0]), add(pair[1], b[1])};
-      if (p.addend.data) {
-        const float2 more = load_addend(p.addend, row, column, p.n);
-        v = {add(v.x, more.x), add(v.y, more.y)};
+      float2 v[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float* pair = &sums[i / 2][j + e][i % 2 * 2];
+        v[e] = {add(pair[0], bias[e].x), add(pair[1], bias[e].y)};
+        if (!p.addend.data || row >= p.m || column + 8 * e >= p.n) continue;
+        const float2 more = load_addend(p.addend, row, column + 8 * e, p.n);
+        v[e] = {add(v[e].x, more.x), add(v[e].y, more.y)};
       }
-      store_pair(p.out, row, column, p.n, v.x, v.y);
+      store_pairs(p.out, row, p.m, column, p.n, v);
     }
   }
 }

@@ -5,6 +5,12 @@
 
 namespace svdquant::cuda {
 
+// Between 2^23 and 2^24 a float's low bits are an integer. So a sum with this is its number rounded to the nearest one,
+// ties to even, and as bits that integer plus kMagicBits, for anything within +-2^22. Conversions take four times as long
+// as additions, or more.
+constexpr float kMagic = 12582912.0f;  // 2^23 + 2^22
+constexpr int kMagicBits = 0x4B400000;
+
 __device__ __forceinline__ float from_bf16(unsigned bits) { return as_float(bits << 16); }
 
 // e4m3 to fp32: exponent and mantissa moved into place are the value times 2^-120, subnormals included.
@@ -56,6 +62,12 @@ __device__ __forceinline__ unsigned short output_bits(DType dtype, float value) 
   return to_f16(value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value);
 }
 
+__device__ __forceinline__ unsigned output_pair(DType dtype, float low, float high) {
+  if (dtype == DType::kBF16) return to_bf16x2(low, high);
+  const auto saturate = [](float v) { return v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v; };
+  return to_f16x2(saturate(low), saturate(high));
+}
+
 __device__ __forceinline__ void store_output(const Output& out, int64_t row, int64_t column, float value) {
   const int64_t at = row * out.stride + column;
   if (out.dtype == DType::kF32) {
@@ -94,7 +106,12 @@ __device__ __forceinline__ float low_half(unsigned word, DType dtype) {
 }
 
 __device__ __forceinline__ float high_half(unsigned word, DType dtype) {
-  return low_half(word >> 16, dtype);
+  return dtype == DType::kBF16 ? as_float(word & 0xffff0000) : low_half(word >> 16, dtype);
+}
+
+// Two numbers as a word of halves.
+__device__ __forceinline__ unsigned join_halves(float low, float high, DType dtype) {
+  return dtype == DType::kBF16 ? to_bf16x2(low, high) : to_f16x2(low, high);
 }
 
 // The halves of words, low first, as fp32.

@@ -10,11 +10,11 @@
 // functions of quantize.cuh:
 //
 //     sums                         x in shared memory              quantized
-//     +-----+-----+                +-----------+                   +-----------+  16 tokens
-//     |  0  |  1  |   bias, GELU   |  16 bits  |                   |  warp 0   |
-//     |     |     |  ----------->  |           |  --------------->  +-----------+
-//     +-----+-----+                |           |                   |  warp 1   |
-//     |  2  |  3  |                |           |                   |    ...    |
+//     +-----------+                +-----------+                   +-----------+  16 tokens
+//     |  warp 0   |   bias, GELU   |  16 bits  |                   |  warp 0   |
+//     +-----------+  ----------->  |           |  --------------->  +-----------+
+//     |  warp 1   |                |           |                   |  warp 1   |
+//     |    ...    |                |           |                   |    ...    |
 //
 // The hidden values are sums over all of N, of which a block sees 64 columns. It walks over several tiles of a row of
 // tiles and adds theirs in memory of its own, which the second-level cache keeps; a second kernel adds what the blocks
@@ -103,10 +103,8 @@ __device__ __forceinline__ void quantize_gelu(const GeluParams& p, const Place<T
       unsigned* to = &piece.words[half][4 * i];
       to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
     }
-    float xs[kColumns];
-    piece.smooth(p.next.args, half, xs);
-    encode_int_group(p.next, kX, piece.token[half], piece.column, piece.exists[half], xs);
   }
+  encode_piece<kX, false>(p.next, piece);
   for (int rank0 = 0; rank0 < p.next.args.r; rank0 += 32) add_hidden(p, token0, rank0, lane, piece, part, first);
 }
 
@@ -117,7 +115,7 @@ __device__ __forceinline__ void run_gelu_tile(const GeluParams& p, int column_bl
   unsigned short* tile = reinterpret_cast<unsigned short*>(shared_memory());
   {
     Int4Loop<T, P> loop(p.product, place);
-    run_pipeline(loop, loop.groups);
+    run_pipeline(loop, loop.steps());
     add_branch<T>(p.product, place, loop.sums);
     lay_out_gelu<T, kX>(p.product, place, loop.sums, tile);
   }

@@ -17,7 +17,7 @@ struct Mxf4Loop : NvFp4Stages<T> {
   static __device__ __forceinline__ unsigned load_nibbles(const uint2* from) {
     const uint2 v = ld_shared(from);
     const unsigned even = pick_bytes(v.x, v.y, 0x6420), odd = pick_bytes(v.x, v.y, 0x7531);
-    return (even & 0x0F0F0F0F) | (odd << 4 & 0xF0F0F0F0);
+    return join_nibbles(even, odd);
   }
 
   // Columns 8t.. and 32+8t.. of a row of activations. Rows 2, 3, 6 and 7 of eight are read the second half first, so

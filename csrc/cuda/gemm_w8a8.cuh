@@ -35,25 +35,14 @@ struct Int8Loop {
   const GemmInt8& p;
   const Place<T>& place;
   char* memory;
+  TileCodes<T, 16> codes;
   int sums[T::kMs][T::kNs][4] = {};
 
   __device__ __forceinline__ Int8Loop(const GemmInt8& args, const Place<T>& at)
-      : p(args), place(at), memory(shared_memory()) {}
-
-  // One step of one operand into a stage; rows that do not exist, and columns beyond K, become zeros.
-  template <int kRows>
-  __device__ __forceinline__ void copy_rows(const int8_t* codes, int64_t row0, int64_t rows, int step, char* to) {
-    for (int i = threadIdx.x; i < kRows * kPieces; i += T::kThreads) {
-      const int64_t row = row0 + i / kPieces, column = step * kStep + i % kPieces * 16;
-      const bool exists = row < rows && column < p.k;
-      cp_async<16>(to + i * 16, codes + (exists ? row * p.k + column : 0), exists);
-    }
-  }
+      : p(args), place(at), memory(shared_memory()), codes(args, at) {}
 
   __device__ __forceinline__ void copy(int step, int stage) {
-    char* to = memory + stage * T::kStageBytes;
-    copy_rows<T::kM>(p.codes, place.row0, p.m, step, to);
-    copy_rows<T::kN>(p.weight_codes, place.column0, p.n, step, to + T::kM * kStep);
+    codes.copy(step, memory + stage * T::kStageBytes);
   }
 
   // A lane's 16 columns are two products of 32: words 0 and 1 of every lane, then words 2 and 3.

@@ -21,6 +21,10 @@ constexpr int kWord = 8;      // columns of a lane: one word of nibbles
 constexpr int kStep = 256;    // columns of a warp
 constexpr int kPanel = 1024;  // columns of x in shared memory: 32 KB for eight tokens, granted by every card
 
+// Where column c of a panel lies: of every second 32 columns fours change places with their neighbours, so that the first
+// four columns of eight lanes are in different banks.
+__device__ __forceinline__ int turned(int c) { return c ^ c / 32 % 2 * 4; }
+
 // x of a panel as fp32, column c divided by 16^(c % 4): [tokens][kPanel]. Zeros where nothing is.
 template <int kM>
 __device__ __forceinline__ void stage_tokens(const Gemv& p, int64_t token0, int64_t column0, float* to) {
@@ -28,7 +32,7 @@ __device__ __forceinline__ void stage_tokens(const Gemv& p, int64_t token0, int6
     const int64_t token = token0 + i / kPanel, column = column0 + i % kPanel;
     float x = 0.0f;
     if (token < p.m && column < p.k) x = load_one(p.x.data, p.x.dtype, token * p.x.stride + column);
-    st_shared(to + i, multiply(x, as_float((127u - 4 * (i % 4)) << 23)));
+    st_shared(to + turned(i), multiply(x, as_float((127u - 4 * (i % 4)) << 23)));
   }
 }
 
@@ -70,8 +74,9 @@ __global__ void __launch_bounds__(32 * kWarps, 2) gemv_awq_kernel(Gemv p) {
       }
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        const float4* from = reinterpret_cast<const float4*>(panel + m * kPanel + step + lane * kWord);
-        const float4 low = ld_shared(from), high = ld_shared(from + 1);
+        const float* from = panel + m * kPanel + step;
+        const float4 low = ld_shared(reinterpret_cast<const float4*>(from + turned(lane * kWord)));
+        const float4 high = ld_shared(reinterpret_cast<const float4*>(from + turned(lane * kWord + 4)));
         const float x[kWord] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
         const float plain[4] = {add(x[0], x[4]), add(x[1], x[5]), add(x[2], x[6]), add(x[3], x[7])};
         const float total = fused_multiply_add(  // of x itself

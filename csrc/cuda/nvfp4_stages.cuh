@@ -22,11 +22,16 @@ struct NvFp4Stages {
   const Gemm& p;
   const Place<T>& place;
   char* memory;
+  TileCodes<T, 8> codes;
   bool words;  // four scales of a row are a word in global memory too
   Sums<T> sums = {};
 
   __device__ __forceinline__ NvFp4Stages(const Gemm& args, const Place<T>& at)
-      : p(args), place(at), memory(shared_memory()), words(has_words(args.scales) && has_words(args.weight_scales)) {}
+      : p(args),
+        place(at),
+        memory(shared_memory()),
+        codes(args, at),
+        words(has_words(args.scales) && has_words(args.weight_scales)) {}
 
   static __device__ __forceinline__ bool has_words(const Floats& scales) {
     return is_aligned(scales.data, kGroups) && scales.stride % kGroups == 0;
@@ -42,12 +47,12 @@ struct NvFp4Stages {
     const Floats& from = is_weight ? p.weight_scales : p.scales;
     const int64_t row = is_weight ? place.column0 + slot - T::kM : place.row0 + slot;
     if (row >= (is_weight ? p.n : p.m)) return nullptr;
-    return static_cast<const unsigned char*>(from.data) + row * from.stride + step * kGroups;
+    return static_cast<const unsigned char*>(from.data) + row * from.stride + static_cast<int64_t>(step) * kGroups;
   }
 
   __device__ __forceinline__ void copy(int step, int stage) {
-    copy_codes<T>(p, place, step, memory + stage * T::kStageBytes);
-    if (words && (step + 1) * kStep <= p.k) {
+    codes.copy(step, memory + stage * T::kStageBytes);
+    if (words && (step + 1) * static_cast<int64_t>(kStep) <= p.k) {
       copy_scales(step, scales_of(stage));
     } else {
       copy_scales_by_bytes(step, scales_of(stage));
@@ -55,10 +60,24 @@ struct NvFp4Stages {
   }
 
   __device__ __forceinline__ void copy_scales(int step, char* to) {
+    if (place.row0 + T::kM <= p.m && place.column0 + T::kN <= p.n) {  // all rows exist
+      copy_words<T::kM>(p.scales, place.row0, step, to);
+      copy_words<T::kN>(p.weight_scales, place.column0, step, to + T::kM * kGroups);
+      return;
+    }
+#pragma unroll 1
     for (int slot = threadIdx.x; slot < kScaleRows; slot += T::kThreads) {
       const unsigned char* from = scales_at(step, slot);
       cp_async<kGroups>(to + slot * kGroups, from ? from : p.scales.data, from != nullptr);
     }
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void copy_words(const Floats& scales, int64_t row0, int step, char* to) {
+    static_assert(kRows <= T::kThreads);
+    if (threadIdx.x >= kRows) return;
+    const char* from = static_cast<const char*>(scales.data) + (row0 + threadIdx.x) * scales.stride;
+    cp_async<kGroups>(to + threadIdx.x * kGroups, from + static_cast<int64_t>(step) * kGroups, true);
   }
 
   // At any address, and zeros beyond K.
@@ -66,7 +85,7 @@ struct NvFp4Stages {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kScaleBytes; i += T::kThreads) {
       const unsigned char* from = scales_at(step, i / kGroups);
-      const bool exists = from && (step * kGroups + i % kGroups) * 16 < p.k;
+      const bool exists = from && (static_cast<int64_t>(step) * kGroups + i % kGroups) * 16 < p.k;
       st_shared(to + i, exists ? static_cast<char>(ld_global(from + i % kGroups)) : '\0');
     }
   }

@@ -112,6 +112,30 @@ __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b);
 __device__ __forceinline__ float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ float round_to_even(float a) { return rintf(a); }
 
+// 1 / a within one unit in the last place; what would be below 2^-126 is zero, and so is such an a (rcp.approx.ftz).
+__device__ __forceinline__ float approximate_reciprocal(float a) {
+  float value;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(a));
+  return value;
+}
+
+__device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+
+// max(a, |b|), or NaN if either is (max.NaN).
+__device__ __forceinline__ float larger_magnitude(float a, float b) {
+#if SVDQUANT_ARCH >= 80
+  float value;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(fabsf(b)));
+  return value;
+#else
+  const unsigned bits = __float_as_uint(b) & 0x7fffffff;  // the order of floats that are not negative, NaN above all
+  return __float_as_uint(a) > bits ? a : __uint_as_float(bits);
+#endif
+}
+
+__device__ __forceinline__ float magnitude(float a) { return fabsf(a); }
+
 // The one of CUDA's library, which torch's GELU calls.
 __device__ __forceinline__ float hyperbolic_tangent(float a) { return tanhf(a); }
 
@@ -121,6 +145,13 @@ __device__ __forceinline__ unsigned as_bits(float value) { return __float_as_uin
 // Four bytes of eight: each nibble of `selector` numbers one, 0..3 in a and 4..7 in b (9.7.8.7, prmt).
 __device__ __forceinline__ unsigned pick_bytes(unsigned a, unsigned b, unsigned selector) {
   return __byte_perm(a, b, selector);
+}
+
+// Bits of a where the mask has ones, of b elsewhere (lop3).
+__device__ __forceinline__ unsigned choose_bits(unsigned mask, unsigned a, unsigned b) {
+  unsigned value;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(value) : "r"(mask), "r"(a), "r"(b));
+  return value;
 }
 
 // fp32 to the bits of a 16-bit float, to nearest even (9.7.9.22, cvt). Turing has no bf16: it rounds integers.
@@ -139,6 +170,27 @@ __device__ __forceinline__ unsigned short to_f16(float value) {
   unsigned short bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
+}
+
+// The same of two numbers, the first one in the lower half.
+__device__ __forceinline__ unsigned to_bf16x2(float low, float high) {
+#if SVDQUANT_ARCH >= 80
+  unsigned bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+#else
+  return to_bf16(low) | static_cast<unsigned>(to_bf16(high)) << 16;
+#endif
+}
+
+__device__ __forceinline__ unsigned to_f16x2(float low, float high) {
+#if SVDQUANT_ARCH >= 80
+  unsigned bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+#else
+  return to_f16(low) | static_cast<unsigned>(to_f16(high)) << 16;
+#endif
 }
 
 __device__ __forceinline__ float from_f16(unsigned short bits) {

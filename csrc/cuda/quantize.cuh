@@ -40,6 +40,30 @@ struct Lane {
   __device__ Lane() : warp(threadIdx.x / 32), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {}
 };
 
+// The largest |v| as bits: the order of non-negative floats is that of their bits, and a NaN is above everything, so
+// that it reaches the scale and is seen.
+__device__ __forceinline__ unsigned largest(const float (&v)[kColumns]) {
+  float most = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) most = larger_magnitude(most, v[i]);
+  return as_bits(most) & 0x7fffffff;
+}
+
+// Whether the magnitude with these bits lies within 2^-90..2^90, so that nothing computed with it is lost at the ends of
+// fp32's range. What is so small beside it that it could be, becomes the code 0.
+__device__ __forceinline__ bool is_ordinary(unsigned bits) {
+  constexpr unsigned kLow = (127u - 90) << 23, kHigh = (127u + 90) << 23;
+  return bits - kLow < kHigh - kLow;
+}
+
+// a / b, given 1 / b within two units in the last place. Rounded as `divide` does or off by one unit, and that not where
+// it would be seen: a 16-bit quotient of 16-bit numbers and a code, the nearest integer to a 16-bit number over a scale
+// made of one, are the same for every pair of them (tests/kernels/test_quotients.py).
+__device__ __forceinline__ float divide_by(float a, float b, float reciprocal) {
+  const float quotient = multiply(a, reciprocal);
+  return fused_multiply_add(fused_multiply_add(-b, quotient, a), reciprocal, quotient);
+}
+
 // What a lane reads at a time: 16 columns of token g and of token g + 8, zeros where there are none. kX is the type of x
 // and of down, or kF32 for any pair of types.
 template <DType kX>
@@ -60,7 +84,6 @@ struct Piece {
     }
   }
 
-  // One token's; each when it is wanted, for the sake of registers.
   __device__ __forceinline__ void read(const Quantize& q, int half) {
     if (!exists[half]) return;
     const int64_t at = token[half] * q.x.stride + column;
@@ -74,6 +97,8 @@ struct Piece {
     }
   }
 
+  __device__ __forceinline__ void read_both(const Quantize& q) { read(q, 0), read(q, 1); }
+
   __device__ __forceinline__ float value(int half, int i) const {
     if constexpr (kTensor) {
       return i % 2 ? high_half(words[half][i / 2], kX) : low_half(words[half][i / 2], kX);
@@ -82,37 +107,71 @@ struct Piece {
     }
   }
 
-  // round_T(round_T(x + shift) / smooth), zeros where there are none.
+  // round_T(round_T(x + shift) / smooth)
   __device__ __forceinline__ void smooth(const Quantize& q, int half, float (&xs)[kColumns]) const {
     float by[kColumns];
-    if (exists[half]) load_floats(q.smooth.data, q.smooth.dtype, column, by);
+    load_floats(q.smooth.data, q.smooth.dtype, column, by);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const float x = value(half, i), shifted = q.shift != 0.0f ? round_to(add(x, q.shift), dtype) : x;
-      xs[i] = exists[half] ? round_to(divide(shifted, by[i]), dtype) : 0.0f;
+      xs[i] = round_to(divide(shifted, by[i]), dtype);
     }
   }
 };
 
-// The largest |v| as bits: the order of non-negative floats is that of their bits, and a NaN is above everything, so
-// that it reaches the scale and is seen.
-__device__ __forceinline__ unsigned largest(const float (&v)[kColumns]) {
-  unsigned most = 0;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    const unsigned bits = as_bits(v[i]) & 0x7fffffff;
-    most = bits > most ? bits : most;
-  }
-  return most;
-}
+// The same of both tokens at once, as words of halves: a division costs a multiplication or three. False, and nothing is
+// done, where smooth is of another type than x. A quotient may be wrong if its lane's largest is not ordinary.
+template <DType kX>
+struct Smoothed {
+  unsigned words[2][kColumns / 2] = {};
 
+  __device__ __forceinline__ bool make(const Quantize& q, const Piece<kX>& piece) {
+    if (q.smooth.dtype != kX || piece.column >= q.k) return false;
+    unsigned divisors[kColumns / 2];
+    load_words<2 * kColumns>(static_cast<const unsigned short*>(q.smooth.data) + piece.column, divisors);
+    shift(q, piece);
+    float most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) {
+      const float low = low_half(divisors[i], kX), high = high_half(divisors[i], kX);
+      const float reciprocals[2] = {approximate_reciprocal(low), approximate_reciprocal(high)};
+      most = larger_magnitude(larger_magnitude(most, low), high);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        words[half][i] = join_halves(quotient(low_half(words[half][i], kX), low, reciprocals[0]),
+                                     quotient(high_half(words[half][i], kX), high, reciprocals[1]), kX);
+      }
+    }
+    return kX == DType::kF16 || as_bits(most) <= (127u + 126) << 23;  // else a reciprocal became zero
+  }
+
+  // round_T(x + shift)
+  __device__ __forceinline__ void shift(const Quantize& q, const Piece<kX>& piece) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) words[i / 8][i % 8] = piece.words[i / 8][i % 8];
+    if (q.shift == 0.0f) return;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      unsigned& word = words[i / 8][i % 8];
+      word = join_halves(add(low_half(word, kX), q.shift), add(high_half(word, kX), q.shift), kX);
+    }
+  }
+
+  // To be rounded to 16 bits. One product is enough for bf16: no quotient of 8 bits by 8 is nearer than 2^-17 of itself
+  // to where rounding changes.
+  static __device__ __forceinline__ float quotient(float x, float by, float reciprocal) {
+    return kX == DType::kBF16 ? multiply(x, reciprocal) : divide_by(x, by, reciprocal);
+  }
+};
+
+// The low bytes of 16 words.
 __device__ __forceinline__ void store_codes(const Quantize& q, int64_t token, int64_t column,
                                             const unsigned (&codes)[kColumns]) {
   unsigned words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    words[i] = (codes[4 * i] & 255) | (codes[4 * i + 1] & 255) << 8 | (codes[4 * i + 2] & 255) << 16 |
-               codes[4 * i + 3] << 24;
+    const unsigned* four = codes + 4 * i;
+    words[i] = pick_bytes(pick_bytes(four[0], four[1], 0x0040), pick_bytes(four[2], four[3], 0x0040), 0x5410);
   }
   uint4* to = reinterpret_cast<uint4*>(static_cast<char*>(q.codes) + token * q.k + column);
   st_global(to, uint4{words[0], words[1], words[2], words[3]});
@@ -128,48 +187,123 @@ __device__ __forceinline__ unsigned largest_of_four(unsigned most) {
   return most;
 }
 
+// kShort: values of 16 bits, and a scale made of one.
+template <bool kShort>
 __device__ __forceinline__ void encode_int(const QuantizeParams& p, int64_t token, int64_t column, float alpha,
                                            const float (&xs)[kColumns]) {
-  const float divisor = alpha == 0.0f ? 1.0f : alpha;
   unsigned codes[kColumns];
+  if (kShort && is_ordinary(as_bits(alpha))) {  // then no quotient exceeds the largest code
+    const float reciprocal = approximate_reciprocal(alpha);
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    const float code = round_to_even(divide(xs[i], divisor));
-    codes[i] = static_cast<unsigned>(static_cast<int>(code < p.low ? p.low : code > p.high ? p.high : code));
+    for (int i = 0; i < kColumns; ++i) {
+      codes[i] = as_bits(add(larger(divide_by(xs[i], alpha, reciprocal), p.low), kMagic));
+    }
+  } else {
+    const float divisor = alpha == 0.0f ? 1.0f : alpha;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const float code = divide(xs[i], divisor), known = code != code ? 0.0f : code;
+      codes[i] = as_bits(add(known < p.low ? p.low : known > p.high ? p.high : known, kMagic));
+    }
   }
   store_codes(p.args, token, column, codes);
 }
 
 // Integers: four lanes share a group.
+template <bool kShort>
 __device__ __forceinline__ void encode_int_group(const QuantizeParams& p, DType dtype, int64_t token, int64_t column,
-                                                 bool exists, const float (&xs)[kColumns]) {
-  const unsigned most = largest_of_four(largest(xs));
+                                                 bool exists, unsigned largest_of_lane, const float (&xs)[kColumns]) {
+  const unsigned most = largest_of_four(largest_of_lane);
   if (!exists) return;
   const float alpha = multiply(as_float(most), p.inverse);
-  encode_int(p, token, column, alpha, xs);
+  encode_int<kShort>(p, token, column, alpha, xs);
   if (column % kChunk == 0) store_one(p.args.scales, dtype, token * (p.args.k / kChunk) + column / kChunk, alpha);
 }
 
-// e2m1 to nearest, ties to the even code, the sign of zero kept: 0 .5 1 1.5 2 3 4 6.
-__device__ __forceinline__ unsigned to_e2m1(float v) {
-  const float a = as_float(as_bits(v) & 0x7fffffff);
-  const unsigned index =
-      (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
-  return index | (as_bits(v) >> 31) << 3;
+// e2m1 to nearest, ties to the even code, the sign of zero kept: 0 .5 1 1.5 2 3 4 6. The low three bits of what is
+// returned are the index: steps of a half up to 2, of one up to 4, then of two, and whichever counts least is meant.
+__device__ __forceinline__ unsigned index_e2m1(float v) {
+  const float a = magnitude(v), by_half = fused_multiply_add(a, 2.0f, kMagic), by_one = add(a, kMagic + 2.0f);
+  const float by_two = fused_multiply_add(a, 0.5f, kMagic + 4.0f);
+  return as_bits(smaller(smaller(by_half, by_one), smaller(by_two, kMagic + 7.0f)));
+}
+
+// Four codes, of which the sign is the fourth bit.
+__device__ __forceinline__ unsigned join_e2m1(const float (&v)[4]) {
+  unsigned i[4], bits[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) i[e] = v[e] == v[e] ? index_e2m1(v[e]) : 0, bits[e] = as_bits(v[e]);
+  const unsigned indices = pick_bytes(pick_bytes(i[0], i[1], 0x0040), pick_bytes(i[2], i[3], 0x0040), 0x5410);
+  const unsigned tops = pick_bytes(pick_bytes(bits[0], bits[1], 0x0073), pick_bytes(bits[2], bits[3], 0x0073), 0x5410);
+  return (indices & 0x07070707) | (tops >> 4 & 0x08080808);
 }
 
 // NVFP4: a lane has a group to itself.
 __device__ __forceinline__ void encode_e2m1(const QuantizeParams& p, int64_t token, int64_t column, bool exists,
-                                            const float (&xs)[kColumns]) {
+                                            unsigned most, const float (&xs)[kColumns]) {
   if (!exists) return;
-  const float absmax = multiply(as_float(largest(xs)), p.inverse), alpha = absmax > 448.0f ? 448.0f : absmax;
+  const float absmax = multiply(as_float(most), p.inverse), alpha = absmax > 448.0f ? 448.0f : absmax;
   const float reciprocal = alpha == 0.0f ? 0.0f : divide(1.0f, alpha);
-  unsigned codes[kColumns];
+  unsigned words[4];
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) codes[i] = to_e2m1(multiply(xs[i], reciprocal));
-  store_codes(p.args, token, column, codes);
+  for (int i = 0; i < 4; ++i) {
+    float v[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] = multiply(xs[4 * i + e], reciprocal);
+    words[i] = join_e2m1(v);
+  }
+  uint4* to = reinterpret_cast<uint4*>(static_cast<char*>(p.args.codes) + token * p.args.k + column);
+  st_global(to, uint4{words[0], words[1], words[2], words[3]});
   unsigned char* scales = static_cast<unsigned char*>(p.args.scales) + token * (p.args.k / kColumns);
   st_global(scales + column / kColumns, static_cast<unsigned char>(to_e4m3(alpha)));
+}
+
+template <DType kX, bool kE2M1>
+__device__ __forceinline__ void encode_token(const QuantizeParams& p, const Piece<kX>& piece, int half, unsigned most,
+                                             const float (&xs)[kColumns]) {
+  if constexpr (kE2M1) {
+    encode_e2m1(p, piece.token[half], piece.column, piece.exists[half], most, xs);
+  } else {
+    encode_int_group<kX != DType::kF32>(p, piece.dtype, piece.token[half], piece.column, piece.exists[half], most, xs);
+  }
+}
+
+// f(half, largest magnitude's bits, smoothed values) for each token of a piece that exists. kAll: for the others
+// too, with zeros: where lanes tell each other something.
+//
+// Tokens of fp32 words are read here, each when it is wanted, as registers are short; halves were before, both at once,
+// to wait for memory once.
+template <bool kAll, DType kX, class F>
+__device__ __forceinline__ void for_each_token(const Quantize& q, Piece<kX>& piece, F f) {
+  Smoothed<kX> smoothed;
+  bool quick = false;
+  if constexpr (Piece<kX>::kTensor) quick = smoothed.make(q, piece);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float xs[kColumns] = {};
+    unsigned most = 0;
+    if (piece.exists[half]) {
+      if constexpr (Piece<kX>::kTensor) {
+        split_halves<kColumns>(smoothed.words[half], kX, xs);
+        most = largest(xs);
+      } else {
+        piece.read(q, half);
+      }
+      if (!quick || !is_ordinary(most)) {
+        piece.smooth(q, half, xs);
+        most = largest(xs);
+      }
+    }
+    if (kAll || piece.exists[half]) f(half, most, xs);
+  }
+}
+
+// Codes and scales of a piece.
+template <DType kX, bool kE2M1>
+__device__ __forceinline__ void encode_piece(const QuantizeParams& p, Piece<kX>& piece) {
+  for_each_token<true>(p.args, piece, [&](int half, unsigned most, const float(&xs)[kColumns]) {
+    encode_token<kX, kE2M1>(p, piece, half, most, xs);
+  });
 }
 
 // Hidden values through the tensor cores: x and down are of one 16-bit type.
@@ -249,6 +383,13 @@ struct ScalarHidden {
 template <DType kX, int kRank>
 using Hidden = std::conditional_t<kX != DType::kF32, TensorHidden<kX, kRank>, ScalarHidden<kRank>>;
 
+// Where a sum of a token lies among kRank: in other places for each of eight tokens, so that they are in different banks.
+template <int kRank>
+__device__ __forceinline__ int place_of(int token, int rank) {
+  const int group = kRank % 32 ? token / 2 % 2 : token % 4;  // of 16 sums two tokens fill all banks
+  return token * kRank + (rank ^ (8 * group + token / 4 % 2));
+}
+
 // Add the warps' sums in their order, and write what exists.
 template <DType kX, int kRank>
 __device__ __forceinline__ void reduce_hidden(const Quantize& q, int64_t token0, int rank0, const Lane& lane,
@@ -257,7 +398,7 @@ __device__ __forceinline__ void reduce_hidden(const Quantize& q, int64_t token0,
   for (int warp = 0; warp < kWarps; ++warp) {
     if (lane.warp == warp) {
       hidden.for_each(lane, [&](int token, int rank, float sum) {
-        float* at = total + token * kRank + rank;
+        float* at = total + place_of<kRank>(token, rank);
         st_shared(at, warp ? add(ld_shared(at), sum) : sum);
       });
     }
@@ -265,7 +406,8 @@ __device__ __forceinline__ void reduce_hidden(const Quantize& q, int64_t token0,
   }
   for (int i = threadIdx.x; i < kTokens * kRank; i += 32 * kWarps) {
     const int64_t token = token0 + i / kRank, rank = rank0 + i % kRank;
-    if (token < q.m && rank < q.r) st_global(q.hidden + token * q.r + rank, ld_shared(total + i));
+    if (token >= q.m || rank >= q.r) continue;
+    st_global(q.hidden + token * q.r + rank, ld_shared(total + place_of<kRank>(i / kRank, i % kRank)));
   }
 }
 
@@ -279,22 +421,13 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kRank)) quantize_k
   const Lane lane;
   const int64_t token0 = static_cast<int64_t>(blockIdx.x) * kTokens;
   const int rank0 = static_cast<int>(blockIdx.y) * kRank;
+  const bool encodes = blockIdx.y == 0;
   Hidden<kX, kRank> hidden;
 
   for (int64_t column0 = lane.warp * kChunk; column0 < q.k; column0 += kWarps * kChunk) {
     Piece<kX> piece(q, token0, column0, lane);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      piece.read(q, half);
-      if (blockIdx.y) continue;
-      float xs[kColumns];
-      piece.smooth(q, half, xs);
-      if constexpr (kE2M1) {
-        encode_e2m1(p, piece.token[half], piece.column, piece.exists[half], xs);
-      } else {
-        encode_int_group(p, piece.dtype, piece.token[half], piece.column, piece.exists[half], xs);
-      }
-    }
+    if (Piece<kX>::kTensor || !encodes) piece.read_both(q);
+    if (encodes) encode_piece<kX, kE2M1>(p, piece);
     if (rank0 < q.r) hidden.add_chunk(q, rank0, lane, piece);
   }
   if (rank0 < q.r) reduce_hidden<kX, kRank>(q, token0, rank0, lane, hidden);

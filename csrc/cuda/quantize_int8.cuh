@@ -39,17 +39,14 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kRank)) quantize_i
   const bool encodes = blockIdx.y == 0;
   Hidden<kX, kRank> hidden;
   unsigned most[2] = {};
-  float xs[kColumns];
 
   for (int64_t column0 = first; column0 < q.k; column0 += kWarps * kChunk) {
     Piece<kX> piece(q, token0, column0, lane);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      piece.read(q, half);
-      if (!encodes) continue;
-      piece.smooth(q, half, xs);
-      const unsigned here = largest(xs);
-      most[half] = here > most[half] ? here : most[half];
+    if (Piece<kX>::kTensor || !encodes) piece.read_both(q);
+    if (encodes) {
+      for_each_token<false>(q, piece, [&](int half, unsigned here, const float(&)[kColumns]) {
+        most[half] = here > most[half] ? here : most[half];
+      });
     }
     if (rank0 < q.r) hidden.add_chunk(q, rank0, lane, piece);
   }
@@ -58,14 +55,11 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kRank)) quantize_i
     const float alpha[2] = {multiply(as_float(most[0]), p.inverse), multiply(as_float(most[1]), p.inverse)};
     for (int64_t column0 = first; column0 < q.k; column0 += kWarps * kChunk) {
       Piece<kX> piece(q, token0, column0, lane);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        piece.read(q, half);
-        if (!piece.exists[half]) continue;
-        piece.smooth(q, half, xs);
-        encode_int(p, piece.token[half], piece.column, alpha[half], xs);
+      if (Piece<kX>::kTensor) piece.read_both(q);
+      for_each_token<false>(q, piece, [&](int half, unsigned, const float(&xs)[kColumns]) {
+        encode_int<Piece<kX>::kTensor>(p, piece.token[half], piece.column, alpha[half], xs);
         if (piece.column == 0) st_global(static_cast<float*>(q.scales) + piece.token[half], alpha[half]);
-      }
+      });
     }
   }
   if (rank0 < q.r) reduce_hidden<kX, kRank>(q, token0, rank0, lane, hidden);

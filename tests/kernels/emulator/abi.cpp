@@ -14,6 +14,18 @@ void allow(const void* begin, int64_t bytes, bool writable) {
 
 void forget() { Block::current().ranges.clear(); }
 
+// From now on, or no longer: accesses are counted. Counts begin at zero.
+void count_traffic(bool yes) {
+  Block::current().traffic.counting = yes;
+  Block::current().traffic.reset();
+}
+
+const char* counted_traffic() {
+  static std::string text;
+  text = Block::current().traffic.report();
+  return text.c_str();
+}
+
 void run_backwards(bool yes) { Block::current().backwards = yes; }
 
 int size_of_struct(int which) {
@@ -60,6 +72,10 @@ const char* enter_gemm_gelu(const char* spelling, const GemmGelu* args) {
 const char* enter_gemm_w8a8(const char* spelling, const GemmInt8* args) { return gemm_int8(*args, {spelling}); }
 const char* enter_gemv(const char* spelling, const Gemv* args) { return gemv_awq(*args, {spelling}); }
 const char* list_spellings() { return spellings(); }
+
+void divide_each_by(const float* a, const float* b, const float* reciprocals, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = cuda::divide_by(a[i], b[i], reciprocals[i]);
+}
 
 int tiles_a_walk(int64_t row_blocks, int64_t tiles) { return cuda::tiles_a_walk(row_blocks, tiles); }
 bool prefers_small_tile(int64_t m, int64_t n) { return cuda::prefers_small<cuda::LargeTile>(m, n); }

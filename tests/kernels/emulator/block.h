@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "engines.h"
+#include "traffic.h"
 
 namespace emulator {
 
@@ -73,6 +74,7 @@ class Block {
   std::string problem;
   Shared shared;
   Engines engines{shared};
+  Traffic traffic;
   int multiprocessors = 4;
 
   // `cluster` neighbouring blocks of a row run together.
@@ -137,10 +139,22 @@ class Block {
     if (wrong) fail(wrong);
   }
 
-  void check_global(const void* p, size_t bytes, bool writing) {
+  void check_global(const void* p, size_t bytes, bool writing, const Site& site) {
     const bool aligned = reinterpret_cast<uintptr_t>(p) % bytes == 0;
     if (!aligned) fail("global access of " + std::to_string(bytes) + " bytes is not aligned");
     check_range(p, bytes, writing);
+    if (traffic.counting) count_global(p, bytes, writing ? "store" : "load", site);
+  }
+
+  void count_global(const void* p, size_t bytes, const char* kind, const Site& site) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(p);
+    const auto range = std::find_if(ranges.begin(), ranges.end(),
+                                    [&](const Range& r) { return at >= r.begin && at + bytes <= r.end; });
+    traffic.note(current_, kind, site, static_cast<int>(range - ranges.begin()), at, bytes);
+  }
+
+  void count_shared(size_t at, size_t bytes, const char* kind, const Site& site) {
+    if (traffic.counting) traffic.note(current_, kind, site, kInShared, at, bytes);
   }
 
   void check_range(const void* p, size_t bytes, bool writing) {
@@ -212,6 +226,7 @@ class Block {
       if (problem.empty()) end_blocks();
       if (!moved && problem.empty() && !engines.copies.deliver(backwards)) cross_barriers();
     }
+    traffic.close_all();
     if (problem.empty() && engines.products.unfinished()) fail_text("the kernel has ended while a product was running");
   }
 
@@ -294,12 +309,14 @@ class Block {
       operands[i] = t.operand;
     }
     threads_[first].work(operands);
+    traffic.close(first / kWarp);
     for (int i = 0; i < kWarp; ++i) threads_[first + i].state = State::kReady;
     return true;
   }
 
   // Nobody can go on: let those pass who all stand at a barrier, of a block or of the cluster.
   void cross_barriers() {
+    traffic.close_all();
     bool crossed = false;
     for (int first = 0; first < static_cast<int>(threads_.size()); first += threads_a_block_) {
       const Threads begin = threads_.begin() + first, end = begin + threads_a_block_;

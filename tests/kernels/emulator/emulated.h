@@ -36,43 +36,50 @@ using emulator::Block;
 
 inline char* shared_memory() { return Block::current().memory(); }
 
+using emulator::Site;
+
 template <class T>
-T ld_global(const T* from) {
-  Block::current().check_global(from, sizeof(T), false);
+T ld_global(const T* from, const Site& site = Site::here()) {
+  Block::current().check_global(from, sizeof(T), false, site);
   return *from;
 }
 
 template <class T>
-void st_global(T* to, T value) {
-  Block::current().check_global(to, sizeof(T), true);
+void st_global(T* to, T value, const Site& site = Site::here()) {
+  Block::current().check_global(to, sizeof(T), true, site);
   *to = value;
 }
 
 template <class T>
-T ld_own(const T* from) {
-  Block::current().check_global(from, sizeof(T), false);
+T ld_own(const T* from, const Site& site = Site::here()) {
+  Block::current().check_global(from, sizeof(T), false, site);
   return *from;
 }
 
 template <class T>
-T ld_shared(const T* from) {
-  Block::current().read_shared(from, sizeof(T));
-  return *from;
-}
-
-template <class T>
-void st_shared(T* to, T value) {
+T ld_shared(const T* from, const Site& site = Site::here()) {
   Block& b = Block::current();
-  b.write_shared(b.shared_offset(to, sizeof(T)), sizeof(T));
+  b.read_shared(from, sizeof(T));
+  b.count_shared(b.shared_offset(from, sizeof(T)), sizeof(T), "load", site);
+  return *from;
+}
+
+template <class T>
+void st_shared(T* to, T value, const Site& site = Site::here()) {
+  Block& b = Block::current();
+  const size_t at = b.shared_offset(to, sizeof(T));
+  b.write_shared(at, sizeof(T));
+  b.count_shared(at, sizeof(T), "store", site);
   *to = value;
 }
 
 template <int kBytes>
-void cp_async(void* to, const void* from, bool valid) {
+void cp_async(void* to, const void* from, bool valid, const Site& site = Site::here()) {
   Block& b = Block::current();
   emulator::Copy copy = {b.shared_offset(to, kBytes), kBytes, {}};
+  b.count_shared(copy.at, kBytes, "copy", site);
   if (valid) {
-    b.check_global(from, kBytes, false);
+    b.check_global(from, kBytes, false, site);
     std::memcpy(copy.data, from, kBytes);
   }
   b.issue(copy);
@@ -132,7 +139,22 @@ inline float multiply(float a, float b) { return not_poison(a * b); }
 inline float add(float a, float b) { return not_poison(a + b); }
 inline float fused_multiply_add(float a, float b, float c) { return not_poison(std::fma(a, b, c)); }
 inline float round_to_even(float a) { return std::nearbyint(a); }
+inline float smaller(float a, float b) { return std::fmin(a, b); }
+inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float magnitude(float a) { return std::fabs(a); }
+inline float larger_magnitude(float a, float b) { return a != a || b != b ? NAN : std::fmax(a, std::fabs(b)); }
+
+// A card's is within one unit in the last place: this one is the worst such, up and down in turns by the last bit of a.
+inline float approximate_reciprocal(float a) {
+  constexpr float kLeast = 0x1p-126f;
+  const float value = 1.0f / (std::fabs(a) < kLeast ? std::copysign(0.0f, a) : a);
+  if (std::isnan(value) || std::isinf(value) || std::fabs(value) < kLeast) return std::isfinite(value) ? 0.0f * value : value;
+  return as_float(as_bits(value) + (as_bits(a) >> 16 & 1 ? 1u : -1u));
+}
+
 inline float hyperbolic_tangent(float a) { return std::tanh(a); }
+
+inline unsigned choose_bits(unsigned mask, unsigned a, unsigned b) { return (mask & a) | (~mask & b); }
 
 inline unsigned pick_bytes(unsigned a, unsigned b, unsigned selector) {
   const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
@@ -167,6 +189,9 @@ inline unsigned short to_f16(float value) {
   const unsigned mantissa = static_cast<unsigned>(std::ldexp(magnitude, 11 - exponent)) & 0x3ff;
   return static_cast<unsigned short>(sign | (exponent - 1 + 15) << 10 | mantissa);
 }
+
+inline unsigned to_bf16x2(float low, float high) { return to_bf16(low) | static_cast<unsigned>(to_bf16(high)) << 16; }
+inline unsigned to_f16x2(float low, float high) { return to_f16(low) | static_cast<unsigned>(to_f16(high)) << 16; }
 
 inline float from_f16(unsigned short bits) {
   const int exponent = bits >> 10 & 31, mantissa = bits & 0x3ff;

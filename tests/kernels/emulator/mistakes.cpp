@@ -87,6 +87,15 @@ const Mistake kMistakes[] = {
     {"unaligned-shared", [](float*) { st_shared(reinterpret_cast<uint2*>(shared_floats() + 1), uint2{0, 0}); }},
 };
 
+// Lane i reads `bytes` from word i * stride on, of shared memory or of global.
+template <bool kShared>
+void touch_apart(const unsigned* from, int bytes, int stride) {
+  const unsigned* at = from + thread() * stride;
+  if (bytes == 4) kShared ? ld_shared(at) : ld_global(at);
+  if (bytes == 8) kShared ? ld_shared(reinterpret_cast<const uint2*>(at)) : ld_global(reinterpret_cast<const uint2*>(at));
+  if (bytes == 16) kShared ? ld_shared(reinterpret_cast<const uint4*>(at)) : ld_global(reinterpret_cast<const uint4*>(at));
+}
+
 // One instruction of a warp: registers of 32 lanes, side by side.
 template <int kA, int kB, int kC, class C, class F>
 const char* run_lanes(const unsigned* a, const unsigned* b, void* c, const F& instruction) {
@@ -117,6 +126,22 @@ const char* make_mistake(const char* name, float* global) {
     if (!std::strcmp(m.name, name)) return emulator::run([&] { m.kernel(global); }, 1, 1, 64, 4096);
   }
   return "no such mistake";
+}
+
+const char* read_apart(const unsigned*, int bytes, int stride) {
+  constexpr int kWords = 32 * 40;
+  return emulator::run(
+      [&] {
+        unsigned* words = reinterpret_cast<unsigned*>(shared_memory());
+        for (int i = thread(); i < kWords; i += 32) st_shared(words + i, 0u);
+        barrier();
+        touch_apart<true>(words, bytes, stride);
+      },
+      1, 1, 32, kWords * 4);
+}
+
+const char* load_apart(const unsigned* from, int bytes, int stride) {
+  return emulator::run([&] { touch_apart<false>(from, bytes, stride); }, 1, 1, 32, 0);
 }
 
 const char* run_instruction(const char* name, const unsigned* a, const unsigned* b, void* c) {
