@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ...loaders import kitchen, natural, nunchaku
+from ...loaders import encoders, kitchen, natural, nunchaku
 from ...loaders.checkpoint import Checkpoint, Lazy
 from ...loaders.writer import Progress
 from ..core.weights import LinearWeights
@@ -26,11 +26,23 @@ def convert(checkpoint: Checkpoint, target: Path, dialect: str, *, progress: Pro
     if dialect == "nunchaku" and checkpoint.dialect in nunchaku.WRITTEN:
         nunchaku.copy(target, checkpoint)
         return
+    if dialect != "natural":
+        refuse_encoder(checkpoint, dialect)
     if dialect == "kitchen":
         refuse_nvfp4(checkpoint)
     options = {"names": nunchaku.V2} if (dialect, checkpoint.dialect) == ("nunchaku", "nunchaku_lite") else {}
     layers = true_layers(checkpoint, engine=dialect != "kitchen")
     WRITERS[dialect](target, layers, checkpoint.plain, checkpoint.metadata, progress=progress, **options)
+
+
+def refuse_encoder(checkpoint: Checkpoint, dialect: str) -> None:
+    """In other dialects 4-bit weights without a branch are modulations, and an encoder's would be read as such."""
+    encoder = encoders.recognise(checkpoint.stored)
+    if encoder:
+        raise ValueError(
+            f"{checkpoint.path.name}: expected a diffusion model, got a text encoder ({encoder.name}), which {dialect} "
+            "files do not hold. SVDQuant Load Text Encoder reads it as it is."
+        )
 
 
 def refuse_nvfp4(checkpoint: Checkpoint) -> None:

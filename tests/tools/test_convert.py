@@ -107,6 +107,20 @@ def test_nvfp4_to_kitchen_is_refused_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dialect", ["nunchaku", "kitchen"])
+def test_a_text_encoder_is_no_set_of_modulations(tmp_path, dialect):
+    source = tmp_path / "qwen3.safetensors"
+    names = [f"model.layers.0.self_attn.{name}_proj" for name in "qvo"]
+    norm = {"model.layers.0.self_attn.q_norm.weight": torch.ones(128)}
+    natural.write(source, {name: layers.random_linear("awq", 128, 128) for name in names}, norm, {})
+    with pytest.raises(
+        ValueError, match=rf"qwen3.safetensors: .* got a text encoder \(Qwen3\), which {dialect} files"
+    ):
+        run(source, tmp_path / "a.safetensors", dialect)
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen3.safetensors"]
+    assert run(source, tmp_path / "b.safetensors", "natural").info.keys() == set(names)
+
+
 def test_bad_layer_leaves_no_file(tmp_path):
     tensors = made.layer("x") | {"x.bias": torch.full((128,), float("nan"), dtype=torch.bfloat16)}
     made.save(tmp_path / "a.safetensors", made.layer("good") | tensors)
