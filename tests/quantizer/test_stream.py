@@ -168,7 +168,7 @@ BAD = {
                 {f"encoder.block.{i}.layer.0.SelfAttention.q.weight": torch.zeros(128, 128) for i in (0, 1)}
             )
         ),
-        r"got a text encoder\. A T5-XXL is quantized with SVDQuant Quantize Text Encoder",
+        r"got a text encoder\. Quantize it with SVDQuant Quantize Text Encoder",
     ),
     "clip": (
         lambda t: (
