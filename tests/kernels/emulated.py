@@ -48,6 +48,7 @@ FLAGS = [
     "-ffp-contract=off",
     "-fPIC",
     "-shared",
+    "-fno-gnu-unique",  # or cards loaded one after the other would share their statics: kernels known by name, too
 ]
 KEPT = ROOT / ".pytest_cache" / "emulated"
 COMPILER = shutil.which("g++")
