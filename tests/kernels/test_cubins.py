@@ -144,6 +144,7 @@ def test_headers_are_all_that_a_unit_includes():
         wanted, seen = {f"{unit.header}.cuh"}, set()
         while wanted:
             name = wanted.pop()
+            assert name in there, f"{unit.header} includes {name}, which NVRTC is not given"
             seen.add(name)
             lines = [line.split() for line in there[name].splitlines() if line.startswith("#include")]
             wanted |= {line[1].strip('"<>') for line in lines} - seen - {"emulated.h", "hopper_emulated.h"}
