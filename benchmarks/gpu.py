@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -62,11 +63,11 @@ def main() -> None:
     options = arguments()
     if not options.dry and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: nothing to measure (--dry tries the script on the CPU)")
-    gpu.trusted = gpu.survivors  # all that live are to be timed; what is wrong shows in the errors
     bench = Bench("cpu" if options.dry else "cuda", options.seconds)
     torch.manual_seed(0)
     facts = machine(bench.device)
-    with torch.inference_mode():
+    # all that live are to be timed: what is wrong shows in the errors
+    with torch.inference_mode(), mock.patch.object(gpu, "trusted", gpu.survivors):
         attention, rows = bench.attention(), []
         try:
             for found in bench.run(options.ranks):

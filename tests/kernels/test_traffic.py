@@ -101,8 +101,7 @@ EXCEPTIONS = {  # access -> times the least, and why that is right
     "store_one: store scales": (8.0, "a scale of each token of a chunk: 2 bytes to 64 of its codes"),
     "store_one: store next scales": (8.0, "likewise"),
     "encode_e2m1: store scales": (8.0, "four scales of each token of a chunk: 4 bytes to 64 of its codes"),
-    "operator(): store scratch": (4.0, "hidden values in a product's order, which the second-level cache keeps"),
-    "add_parts_kernel: load scratch": (1.5, "parts begin anywhere in a sector where they do not fill whole ones"),
+    "operator(): store scratch": (2.0, "hidden values in a product's order, which the second-level cache keeps"),
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
-// Scratch memory for a call, as a GPU's allocator gives it: with whatever was there before.
+// Scratch memory for a call, as a GPU's allocator gives it: it begins at 256 bytes, with whatever was there before.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "block.h"
@@ -9,8 +10,9 @@
 namespace emulator {
 
 struct Scratch {
-  struct alignas(16) Piece {
-    unsigned words[4] = {~0u, ~0u, ~0u, ~0u};
+  struct alignas(256) Piece {
+    unsigned words[64];
+    Piece() { std::fill(std::begin(words), std::end(words), ~0u); }
   };
   std::vector<std::vector<Piece>> kept;
 
@@ -22,7 +24,7 @@ struct Scratch {
 
   static void* allocate(void* owner, int64_t bytes) {
     auto& kept = static_cast<Scratch*>(owner)->kept;
-    kept.emplace_back((bytes + 15) / 16);
+    kept.emplace_back((bytes + sizeof(Piece) - 1) / sizeof(Piece));
     const uintptr_t at = reinterpret_cast<uintptr_t>(kept.back().data());
     Block::current().ranges.push_back({at, at + static_cast<uintptr_t>(bytes), true});
     return kept.back().data();
