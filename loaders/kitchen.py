@@ -21,7 +21,15 @@ from torch import Tensor
 
 from ..svdquant.core import tiles
 from ..svdquant.core.weights import GELU_SHIFT, LinearWeights, QuantSpec
-from .checkpoint import Checkpoint, LayerInfo, assemble, check_tensor, group_keys, layer_bytes, require
+from .checkpoint import (
+    Checkpoint,
+    LayerInfo,
+    assemble,
+    check_tensor,
+    group_keys,
+    layer_bytes,
+    require,
+)
 from .tensorfile import TensorFile
 from .writer import Progress, write_checkpoint
 
@@ -92,7 +100,7 @@ def _describe_svdquant(
     _check_settings(files, keys["comfy_quant"], settings)
     packed = settings.get("layout") == TILE_PACKED
     n, k = _size(files, keys["codes"], packed)
-    rank = (*files.info[keys["down"]].shape, 0)[1]
+    rank = (*files.info[keys["down"]].shape, 0, 0)[1]
     groups = k // GROUP
     check_tensor(files, keys["scales"], shape=(n // 128, groups, 128) if packed else (groups, n))
     check_tensor(files, keys["smooth"], shape=(k,))
@@ -123,9 +131,9 @@ def _check_settings(files: TensorFile, key: str, settings: Mapping[str, Any]) ->
 def _size(files: TensorFile, key: str, packed: bool) -> tuple[int, int]:
     """(N, K) of a natural or tile-packed weight."""
     shape = check_tensor(files, key, dtypes=(torch.int8, torch.uint8)).shape
-    if packed and len(shape) == 4 and shape[2:] == (32, 128):
+    if packed and len(shape) == 4 and shape[2:] == (32, 128) and all(shape):
         return shape[0] * 128, shape[1] * 64
-    if not packed and len(shape) == 2 and shape[1] * 2 % GROUP == 0:
+    if not packed and len(shape) == 2 and shape[1] * 2 % GROUP == 0 and all(shape):
         return shape[0], shape[1] * 2
     wanted = "[N/128, K/64, 32, 128]" if packed else f"[N, K/2] with K in multiples of {GROUP}"
     raise ValueError(f"{files.path.name}: {key}: expected {wanted}, got {list(shape)}. {_HINT}")

@@ -12,6 +12,7 @@ X.act_shift     [1]      F32, where activations are shifted and their codes unsi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -109,7 +110,12 @@ def _check_others(files: TensorFile, keys: Mapping[str, str], n: int, k: int, gr
 
 
 def _act_shift(files: TensorFile, keys: Mapping[str, str]) -> float:
-    return float(files[keys["act_shift"]].flatten()[0]) if "act_shift" in keys else 0.0
+    shift = float(files[keys["act_shift"]].flatten()[0]) if "act_shift" in keys else 0.0
+    if not 0 <= shift < math.inf:
+        raise ValueError(
+            f"{files.path.name}: {keys['act_shift']}: expected a finite number above 0, got {shift}. {_HINT}"
+        )
+    return shift
 
 
 def _decode(t: Mapping[str, Tensor], info: LayerInfo) -> LinearWeights:

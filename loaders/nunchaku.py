@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..svdquant.core.weights import LinearWeights
-from .checkpoint import Checkpoint, LayerInfo, assemble, group_keys
+from .checkpoint import Checkpoint, LayerInfo, assemble, group_keys, json_object
 from .nunchaku_linear import FIELDS, V1, V2, Names, decode_fields, decode_linear, describe, encode_linear
 from .tensorfile import TensorFile
 from .writer import Progress, write_checkpoint
@@ -83,19 +83,16 @@ def metadata_warnings(metadata: Mapping[str, str], info: Mapping[str, LayerInfo]
         yield f"metadata says rank {rank}, the tensors have rank {found}; tensors win."
 
 
-def stated_format(metadata: Mapping[str, str]) -> tuple[Any, Any]:
+def stated_format(metadata: Mapping[str, str]) -> tuple[str | None, int | None]:
     """Weight dtype and rank as `quantization_config` states them, None where it does not."""
     settings = _settings(metadata)
-    weight = settings.get("weight")
-    return weight.get("dtype") if isinstance(weight, dict) else None, settings.get("rank")
+    weight, rank = settings.get("weight"), settings.get("rank")
+    dtype = weight.get("dtype") if isinstance(weight, dict) else None
+    return dtype if isinstance(dtype, str) else None, rank if isinstance(rank, int) else None
 
 
 def _settings(metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        settings = json.loads(metadata.get("quantization_config", "{}"))
-    except ValueError:
-        return {}
-    return settings if isinstance(settings, dict) else {}
+    return json_object(metadata.get("quantization_config", ""))
 
 
 def _common_rank(layers: list[LayerInfo]) -> int:

@@ -105,7 +105,7 @@ def _rank(files: TensorFile, layer: str, keys: Mapping[str, str], n: int, k: int
     if "down" not in keys and "up" not in keys:
         return 0
     require(files, layer, keys, {"down": "lora_down (or .proj_down)", "up": "lora_up (or .proj_up)"})
-    rank = (*files.info[keys["down"]].shape, 0)[1]
+    rank = (*files.info[keys["down"]].shape, 0, 0)[1]
     check_tensor(files, keys["down"], shape=(k, rank), why=" (in_features, rank)")
     check_tensor(files, keys["up"], shape=(n, rank), why=" (out_features, rank of the down factor)")
     if rank % tiles.TILE_R:

@@ -9,18 +9,18 @@ layers have both second-level scales. Read only: diffusers writes it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, LayerInfo, assemble
+from .checkpoint import Checkpoint, LayerInfo, assemble, json_object
 from .nunchaku import decode, describe_layers
 from .nunchaku_linear import V2
 from .tensorfile import TensorFile
 
 CONFIG = "config.json"
 METHOD = "nunchaku_lite"
+W4A4, AWQ = "svdq_w4a4", "awq_w4a16"
 _PRECISIONS = {"int4": "int4", "nvfp4": "nvfp4", "fp4": "nvfp4"}
 
 
@@ -42,27 +42,33 @@ def read(files: TensorFile) -> Checkpoint:
 
 def _settings(config: str) -> dict[str, Any]:
     """quantization_config of a config.json text when it is ours, else {}."""
-    try:
-        settings = json.loads(config).get("quantization_config", {})
-        return settings if settings.get("quant_method") == METHOD else {}
-    except (ValueError, AttributeError):
-        return {}
+    settings = json_object(config).get("quantization_config")
+    return settings if isinstance(settings, dict) and settings.get("quant_method") == METHOD else {}
 
 
 def _warnings(settings: Mapping[str, Any], info: Mapping[str, LayerInfo]) -> Iterator[str]:
-    part = settings.get("svdq_w4a4") or {}
     w4a4 = {name: layer for name, layer in info.items() if layer.spec.format != "awq"}
-    stated = _PRECISIONS.get(part.get("precision"), part.get("precision"))
+    stated, rank = (
+        _stated(settings, W4A4, field, kind) for field, kind in (("precision", str), ("rank", int))
+    )
+    stated = _PRECISIONS.get(stated, stated)
     formats = {layer.spec.format for layer in w4a4.values()}
     if stated and formats - {stated}:
         yield f"config.json says precision {stated}, the tensors are {'/'.join(sorted(formats))}; tensors win."
     ranks = {layer.rank for layer in w4a4.values()}
-    if part.get("rank") and ranks - {part["rank"]}:
-        yield f"config.json says rank {part['rank']}, the tensors have {sorted(ranks)}; tensors win."
-    targets = [*part.get("targets", ()), *(settings.get("awq_w4a16") or {}).get("targets", ())]
-    absent = [name for name in targets if name not in info]
+    if rank and ranks - {rank}:
+        yield f"config.json says rank {rank}, the tensors have {sorted(ranks)}; tensors win."
+    targets = [name for part in (W4A4, AWQ) for name in _stated(settings, part, "targets", list) or ()]
+    absent = [name for name in targets if isinstance(name, str) and name not in info]
     if absent:
         yield f"config.json lists {len(absent)} layers the file does not quantize (first: {absent[0]})."
+
+
+def _stated(settings: Mapping[str, Any], part: str, field: str, kind: type) -> Any:
+    """What the settings of one precision say, None where they do not or it is nothing of that kind."""
+    inside = settings.get(part)
+    value = inside.get(field) if isinstance(inside, dict) else None
+    return value if isinstance(value, kind) else None
 
 
 def is_folder(folder: Path) -> bool:
@@ -86,9 +92,9 @@ def folder_files(folder: Path) -> list[Path]:
 
 def _indexed(index: Path) -> list[str]:
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json_object(index.read_bytes())["weight_map"].values())
         return sorted(Path(name).name for name in names)
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (KeyError, AttributeError, TypeError):
         raise ValueError(
             f"{index.name}: expected JSON with a weight_map of tensor names to files, got something else. "
             "Download the file again."

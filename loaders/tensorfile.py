@@ -36,6 +36,7 @@ DTYPES = {
     "F64": torch.float64,
 }
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+LARGEST = 2**56  # elements of a tensor, its empty axes not counted; torch fails at 2^63
 HOST_PREFIX = "model.diffusion_model."  # full ComfyUI checkpoints carry it
 
 _FOREIGN = {
@@ -220,6 +221,10 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         raise ValueError(
             f"{path.name}: {name}: expected {expected} bytes for {dtype} {shape}, got offsets {offsets} "
             f"({end - begin} bytes). {_AGAIN}"
+        )
+    if math.prod(size or 1 for size in shape) > LARGEST:  # strides count past an empty axis
+        raise ValueError(
+            f"{path.name}: {name}: expected a shape within {LARGEST} elements, got {shape!r:.80}. {_AGAIN}"
         )
     return TensorInfo(DTYPES[dtype], tuple(shape), path, data_start + begin, data_start + end)
 

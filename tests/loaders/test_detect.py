@@ -91,6 +91,7 @@ W4A4 = {
     "branch-of-other-k": (dict(lora_down=torch.ones(256, 16, dtype=T)), r"x.lora_down: expected shape \[128, 16\]"),
     "branch-of-other-n": (dict(lora_up=torch.ones(256, 16, dtype=T)), r"x.lora_up: expected shape \[128, 16\]"),
     "branch-one-axis": (dict(lora_down=torch.ones(2048, dtype=T)), r"x.lora_down: expected shape \[128, 0\]"),
+    "branch-a-number": (dict(lora_down=torch.ones((), dtype=T)), r"x.lora_down: expected shape \[128, 0\]"),
     "odd-rank": (
         dict(lora_up=torch.ones(128, 8, dtype=T), lora_down=torch.ones(128, 8, dtype=T)),
         "x.lora_down: expected a rank padded to 16, got 8",

@@ -170,6 +170,11 @@ BAD = {
     ),
     "scale-shape": (dict(weight_scale=torch.ones(256, 3)), r"weight_scale: expected shape \[3, 256\]"),
     "rank-mismatch": (dict(proj_up=torch.ones(256, 16)), r"proj_up: expected shape \[256, 32\]"),
+    "branch-a-number": (
+        dict(proj_down=torch.ones(())),
+        r"proj_down: expected shape \[192, 0\] \(in_features",
+    ),
+    "no-rows": (dict(weight=torch.ones(0, 96, dtype=torch.int8)), r"weight: expected .*, got \[0, 96\]"),
     "no-smooth": (dict(smooth_factor=None), "a.b.smooth_factor: expected this tensor beside .* got none"),
     "no-weight": (dict(weight=None), "a.b.weight: expected this tensor"),
     "no-json": (dict(comfy_quant=None), "a.b.comfy_quant: expected this tensor"),

@@ -116,6 +116,16 @@ BAD = {
     ),
     "rank-mismatch": ("int4", dict(up=torch.ones(48, 6)), r"up: expected shape \[48, 5\]"),
     "bias-length": ("int4", dict(bias=torch.ones(47)), r"bias: expected shape \[48\]"),
+    "shift-nan": (
+        "int4",
+        dict(act_shift=torch.tensor([float("nan")])),
+        "act_shift: expected a finite number above 0, got nan",
+    ),
+    "shift-below-zero": (
+        "int4",
+        dict(act_shift=torch.tensor([-0.5])),
+        "act_shift: expected a finite number above 0, got -0.5",
+    ),
     "two-shifts": ("int4", dict(act_shift=torch.ones(2)), "act_shift: expected 1 elements"),
 }
 

@@ -244,7 +244,13 @@ def test_int4_metadata_over_fp4_tensors_is_a_warning(tmp_path):
     assert found.warnings == ("metadata says weights are int4, the tensors are fp4_e2m1_all; tensors win.",)
 
 
-@pytest.mark.parametrize("text", ["not json", "[]", "{}", '{"weight": 5}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("not json", "[]", "{}", "null", '{"weight": 5}', '{"weight": {"dtype": ["int4"]}, "rank": "16"}'),
+        pytest.param("[" * 100_000, id="nested-deep"),
+    ],
+)
 def test_useless_metadata_does_not_matter(tmp_path, text):
     path = made.save(tmp_path / "a.safetensors", made.layer("x"), {"quantization_config": text})
     assert open_checkpoint(path).layers["x"].rank == 16

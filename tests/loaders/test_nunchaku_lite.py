@@ -136,3 +136,20 @@ def test_config_that_disagrees_is_a_warning(tmp_path, changes, message):
     assert len(found.warnings) == 1
     assert re.search(message, found.warnings[0])
     assert found.layers[NAMES[0]].rank == 16
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(precision=["int4"]),
+        dict(precision={"all": "int4"}),
+        dict(rank=[16]),
+        dict(rank="16"),
+        dict(targets=3),
+        dict(targets=[[NAMES[0]], None]),
+    ],
+    ids=str,
+)
+def test_config_of_other_kinds_says_nothing(tmp_path, changes):
+    found = open_checkpoint(folder(tmp_path / "model", text=config(**changes)))
+    assert found.warnings == () and found.layers[NAMES[0]].rank == 16

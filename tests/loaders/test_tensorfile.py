@@ -148,6 +148,7 @@ LIES = {
     "offsets-backwards": ({"a": entry(offsets=(8, 0))}, r"a: expected 8 bytes for BF16 \[2, 2\]"),
     "shape-lies": ({"a": entry(shape=(2, 3))}, r"a: expected 12 bytes for BF16 \[2, 3\], got .* \(8 bytes\)"),
     "huge-shape": ({"a": entry(shape=(2**62, 2**62))}, "a: expected .* bytes for BF16"),
+    "empty-but-huge": ({"a": entry(shape=(0, 2**40, 2**40), offsets=(0, 0))}, "a: expected a shape within"),
     "overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, "b: expected to begin at byte 8, got 4: it overlaps"),
     "hole": ({"a": entry(), "b": entry(offsets=(10, 18))}, "b: expected to begin at byte 8, got 10: it leaves a hole"),
     "past-the-end": ({"a": entry(), "b": entry(offsets=(8, 16))}, r"expected .* bytes by its header, .*truncated"),

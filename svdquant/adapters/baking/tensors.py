@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ....loaders.checkpoint import Checkpoint
+from ....loaders.checkpoint import Checkpoint, json_object
 from ....loaders.nunchaku_linear import V1, V2
 from ...core import tiles
 from ...core.linear import Branch
@@ -201,11 +201,8 @@ def metadata(checkpoint: Checkpoint, grown: Grown, loras: Sequence[tuple[Path, f
         for name, info in checkpoint.info.items()
         if info.spec.format != "awq"
     )
-    if "quantization_config" in strings and ranks:
-        try:
-            settings = json.loads(strings["quantization_config"]) | {"rank": ranks.most_common(1)[0][0]}
-            strings["quantization_config"] = json.dumps(settings)
-        except (ValueError, TypeError):
-            pass  # a reader warns about metadata it cannot read; nothing depends on it
+    settings = json_object(strings.get("quantization_config", ""))
+    if settings and ranks:
+        strings["quantization_config"] = json.dumps(settings | {"rank": ranks.most_common(1)[0][0]})
     named = [f"{path.name}:{strength:g}" for path, strength in loras]
     return {**strings, "baked_loras": ", ".join([*filter(None, [strings.get("baked_loras")]), *named])}
