@@ -57,6 +57,15 @@ REFUSED = {
         pair("diffusion_model.img_in", H, 32),
         r"img_in\.weight: expected \[256, 64\], got \[256, 32\]",
     ),
+    "factor-a-vector": (
+        pair(QKV, 3 * H) | {f"{QKV}.lora_B.weight": torch.ones(3 * H)},
+        r"qkv\.weight: lora_up\.weight: expected a matrix, got shape \[768\]",
+    ),
+    "rank-0": (
+        {f"{QKV}.lora_B.weight": torch.ones(3 * H, 0), f"{QKV}.lora_A.weight": torch.ones(0, H)}
+        | {f"{QKV}.alpha": torch.tensor(4.0)},
+        r"expected a matrix, got shape \[768, 0\]",
+    ),
     "bias": ({f"{QKV}.diff_b": torch.ones(5)}, r"qkv\.bias: expected \[768\], got 5 numbers"),
     "dora": (
         pair(QKV, 3 * H) | {f"{QKV}.dora_scale": torch.ones(5, 1)},

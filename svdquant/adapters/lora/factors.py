@@ -49,13 +49,17 @@ _CORES = {
     "hada_t2": ("hada_w2_b", "hada_w2_a"),
     "lokr_t2": ("lokr_w2_b", "lokr_w2_a"),
 }
+_MATRICES = ("lora_", "hada_", "lokr_", "a1.", "a2.", "b1.", "b2.")  # how tails of factors begin
 
 
 def plain(members: Members) -> Members:
     """The same adapter without Tucker cores [r, r, ...kernel]: the core times the factor that reads the input.
 
-    Raises ValueError where they do not fit each other.
+    Raises ValueError where they do not fit each other, or a factor is no matrix.
     """
+    for tail, tensor in members.items():
+        if tail.startswith(_MATRICES) and (tensor.ndim < 2 or not tensor.numel()):
+            raise ValueError(f"{tail}: expected a matrix, got shape {list(tensor.shape)}")
     cores = members.keys() & _CORES.keys()
     if not cores:
         return members

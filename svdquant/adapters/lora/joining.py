@@ -89,7 +89,7 @@ def join(layer: QuantizedLinear, key: str, patches: Sequence[Patch], device: tor
     error, wrong, shape = 0.0, "", (layer.out_features, layer.in_features)
     for patch in patches:
         rows, columns = region(patch[3], shape)
-        why = misfit(patch[1], (rows.stop - rows.start, columns.stop - columns.start))
+        why = _misfit(patch, shape)
         if why:
             wrong = why
         elif not is_blind(patch):
@@ -99,6 +99,11 @@ def join(layer: QuantizedLinear, key: str, patches: Sequence[Patch], device: tor
             branches += [_placed(b, patch[0], rows, columns) for b in found.branches]
             error = max(error, found.error)
     return Joined(_one_dense(branches, shape), error, wrong)
+
+
+def _misfit(patch: Patch, shape: tuple[int, int]) -> str:
+    rows, columns = region(patch[3], shape)
+    return misfit(patch[1], (rows.stop - rows.start, columns.stop - columns.start))
 
 
 # Factors by the adapter they were made of and the limit they keep, so that a new strength or the next load makes
@@ -122,9 +127,11 @@ def _owner(value: object) -> object:
 
 def planned(layer: QuantizedLinear, patches: Sequence[Patch]) -> int:
     """How many bytes the branches of patches will take, before they are made; at most, where nothing is low-rank."""
-    whole = layer.out_features * layer.in_features * torch.bfloat16.itemsize
-    total = 0
+    shape = layer.out_features, layer.in_features
+    whole, total = shape[0] * shape[1] * torch.bfloat16.itemsize, 0
     for patch in patches:
+        if _misfit(patch, shape):
+            continue
         members = members_of(patch[1]) if is_blind(patch) else {}
         held = _kept.get(_owner(patch[1])) if members else None
         total += held[1].nbytes if held else (factors.planned(members) or whole)
