@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core import linear as core
 from ..core.linear import Branch, Layer
 from ..core.sharing import Slot
+from .dense_bias import Functions, OfDense
 from .layout import dense, parts_of, shift_compensation, unpack, with_branches
 from .lora.residence import Residence
 
@@ -104,6 +105,28 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     def weight_lowvram_function(self, function) -> None:
         self.__dict__["_weight_lowvram_function"] = function
 
+    @property
+    def shifted(self) -> bool:
+        """Whether the stored bias is another than the dense layer's."""
+        return self.quantized and any(entry.spec.act_shift for entry in self.weight._params.entries)
+
+    @property
+    def bias_function(self) -> list:
+        return self.__dict__.setdefault("_bias_function", [])
+
+    @bias_function.setter
+    def bias_function(self, functions: list) -> None:
+        self.__dict__["_bias_function"] = Functions(self, functions) if self.shifted else functions
+
+    @property
+    def bias_lowvram_function(self):
+        return self.__dict__.get("_bias_lowvram_function")
+
+    @bias_lowvram_function.setter
+    def bias_lowvram_function(self, function) -> None:
+        wanted = function is not None and self.shifted
+        self.__dict__["_bias_lowvram_function"] = OfDense(self, function) if wanted else function
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
         if not self.quantized:
@@ -167,6 +190,8 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         """For weight functions of other nodes, and where the host hands over a dense weight."""
         if isinstance(weight, QuantizedTensor):
             weight, bias = dense(unpack(weight._qdata, weight._params), weight.shape, bias)
+        elif bias is not None:
+            bias = self.convert_bias(bias.float())
         weight = weight.to(x.dtype)
         for function in self.wrappers:
             weight = function(weight)
@@ -187,12 +212,12 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
 
     def convert_bias(self, bias: Tensor, inplace: bool = False, **kwargs) -> Tensor:
         """The bias of the dense layer: files store it with the shift of unsigned activations taken out."""
-        return bias + self._compensation(bias) if self.quantized else bias
+        return bias + self.compensation(bias) if self.quantized else bias
 
     def set_bias(self, bias: Tensor, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """The inverse of `convert_bias`, where the host puts a patched bias."""
         if self.quantized:
-            bias = bias - self._compensation(bias)
+            bias = bias - self.compensation(bias)
         return self._put("bias", bias, inplace_update, seed, return_weight)
 
     def _put(self, name: str, value: Tensor, inplace_update: bool, seed, return_weight: bool):
@@ -206,7 +231,8 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
             setattr(self, name, torch.nn.Parameter(value, requires_grad=False))
         return None
 
-    def _compensation(self, bias: Tensor) -> Tensor:
+    def compensation(self, bias: Tensor) -> Tensor:
+        """What the dense layer's bias has more than the stored one, where and as precise as `bias` is."""
         parts = unpack(self.weight._qdata.to(bias.device), self.weight._params)
         return shift_compensation(parts, self.out_features).to(bias.dtype)
 

@@ -57,6 +57,22 @@ def test_partial_load_then_unload(twins, as_loaded, most):
     dense.detach()
 
 
+@pytest.mark.parametrize("most", [False, True], ids=["few-layers", "most-layers"])
+def test_a_merge_of_streamed_layers(twins, as_loaded, most):
+    """The host merges their biases step by step, and those of unsigned layers are not the dense layer's."""
+    merged = twins.quantized.clone()
+    merged.add_patches(twins.dense.get_key_patches("diffusion_model."), 0.5, 0.5)
+    twins.dense.partially_load(CPU, 10**12)
+    expected = sample(twins.dense)
+    load_part_of(merged, most)
+    assert merged.model.model_lowvram
+    assert_close(sample(merged), expected, "host_dense_branch")
+    assert merged.partially_unload(CPU, merged.model_size() // 10) > 0
+    assert_close(sample(merged), expected, "host_dense_branch")
+    merged.detach()
+    twins.dense.detach()
+
+
 def test_model_size_counts_everything_once(quantized):
     packed = sum(layer.weight.nbytes for _, layer in quantized_linears(quantized.model))
     plain = sum(

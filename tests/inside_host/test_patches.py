@@ -48,6 +48,17 @@ def test_weight_wrapper_of_another_node_is_honoured(twins):
     assert_close(ours, theirs, "host_twin")
 
 
+def test_a_dense_weight_from_the_host_comes_with_the_bias_of_files(twins):
+    """As dynamic VRAM hands it over for a product on the CPU."""
+    layer = twins.quantized.model.diffusion_model.double_blocks[0].img_mlp[2]
+    assert layer.compensation(layer.bias).abs().max() > 1e-3, "the layer's activations are not shifted"
+    x = torch.randn(3, layer.in_features)
+    packed, dense = (
+        layer._forward_dense(x, w, layer.bias, ()) for w in (layer.weight, layer.weight.dequantize())
+    )
+    assert_close(dense, packed, "host_dense_branch")
+
+
 def test_key_patches_give_the_dense_layer(twins):
     ours, theirs = (model.get_key_patches("diffusion_model.") for model in (twins.quantized, twins.dense))
     assert {k.replace("_norm.scale", "_norm.weight") for k in ours} == {
