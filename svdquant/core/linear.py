@@ -277,6 +277,16 @@ def _through(branch: Branch, x: Tensor) -> Tensor:
     return h if branch.kron is None else (branch.kron.float() @ h).flatten(1)
 
 
+def _matrix(x: Tensor) -> Tensor:
+    """Tokens as rows. A matrix is taken as it is: reshaping it to itself is not free, least of all with cold caches."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _like(x: Tensor, y: Tensor) -> Tensor:
+    """Rows of an output under the leading axes of the input."""
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
 def forward(
     x: Tensor,
     parts: Sequence[Part],
@@ -292,14 +302,14 @@ def forward(
     bias     [N]        any float or None      added once; the parts carry none of their own here
     returns  [..., N]   as x
     """
-    flat = x.reshape(-1, x.shape[-1])
+    flat = _matrix(x)
     recall = None if slot is None else partial(slot.recall, x)
     parts, beside = absorb(flat, with_bias(parts, bias), branches)
     if beside:
         y = rounded(add_branches(join(flat, parts, ops, recall=recall), flat, beside), x.dtype)
     else:
         y = join(flat, parts, ops, dtype=x.dtype, recall=recall)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return _like(x, y)
 
 
 Layer = tuple[Sequence[Part], Sequence[Branch]]  # a host layer's parts, with its bias, and its branches
@@ -311,11 +321,10 @@ def forward_pair(x: Tensor, first: Layer, second: Layer, ops: ModuleType) -> Ten
     x        [..., K]   fp32 | bf16 | fp16
     returns  [..., N]   as x; the bits that `forward`, GELU and `forward` give
     """
-    flat = x.reshape(-1, x.shape[-1])
+    flat = _matrix(x)
     between = flat.new_empty(0, second[0][0].weights.in_features)
     (one, *more), beside = absorb(flat, *first)
     (two, *others), beside_too = absorb(between, *second)
     if more or others or beside or beside_too:
         return None
-    y = feed_forward(flat, one.weights, two.weights, ops, dtype=x.dtype)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return _like(x, feed_forward(flat, one.weights, two.weights, ops, dtype=x.dtype))

@@ -128,15 +128,17 @@ def wanted(request: select.Request) -> select.Request:
 
 @torch.compiler.assume_constant_result
 def _spelling(
-    op: str, wanted: str | None, dtype: torch.dtype, kind: str, index: int | None, tokens: int | None
+    op: str, wanted: str | None, dtype: torch.dtype, where: torch.device, tokens: int | None
 ) -> str:
     """The name of the spelling to call with."""
-    return choose(_request(op, wanted, dtype, tokens), kind, index).spelling
+    return _known(op, wanted, dtype, where, tokens)
 
 
-def _request(op: str, wanted: str | None, dtype: torch.dtype, tokens: int | None) -> select.Request:
+@cache  # by what a call has at hand: to make a request each time would take as long as torch takes to call the op
+def _known(op: str, wanted: str | None, dtype: torch.dtype, where: torch.device, tokens: int | None) -> str:
     name = str(dtype).removeprefix("torch.")
-    return select.Request(op, name, tokens=tokens, wanted=wanted or settings().kernels)
+    request = select.Request(op, name, tokens=tokens, wanted=wanted or settings().kernels)
+    return choose(request, where.type, where.index).spelling
 
 
 # ---- the ops ----
@@ -159,7 +161,7 @@ class OpSet:
 
     def _choose(self, op: str, x: Tensor, dtype: torch.dtype, tokens: int | None = None) -> str:
         """The spelling to call with."""
-        return _spelling(op, self.wanted, dtype, x.device.type, x.device.index, tokens)
+        return _spelling(op, self.wanted, dtype, x.device, tokens)
 
     def _choose_gemm(
         self, op: str, codes: Tensor, scales: Tensor | None, weights: LinearWeights, output: torch.dtype
