@@ -184,23 +184,27 @@ class Token {
     s.widen(g.hidden, DType::kF32, hidden_ + 0, g.r);
   }
 
-  // Outputs begin..end, in fours.
-  void run(int64_t begin, int64_t end) const {
+  // Outputs, in fours.
+  void run(const Pieces& pieces) const {
     const Scratch<float> scales(4 * shape_.groups), up(4 * rank_);
     std::memset(up + 0, 0, static_cast<size_t>(4 * rank_) * sizeof(float));
-    for (int64_t row = begin * 4; row < end * 4; row += 4) {
-      float sums[4];
-      for (int64_t i = 0; i < 4; ++i) {
-        s_.widen(row_of(g_.up, row + i), g_.up.dtype, up + i * rank_, g_.r);
-        load_scales(row + i, scales + i * shape_.groups);
-      }
-      s_.project(hidden_ + 0, 1, up + 0, rank_, 4, sums);
-      s_.dot4(g_.weight_codes + row * g_.k / 2, shape_.blocks, table_, codes_ + 0, scales + 0, sums);
-      for (int64_t i = 0; i < 4; ++i) store_output(g_, 0, row + i, sums[i] + bias_of(g_.bias, row + i));
+    for (int64_t begin, end; pieces.take(&begin, &end);) {
+      for (int64_t row = begin * 4; row < end * 4; row += 4) run_four(row, scales, up);
     }
   }
 
  private:
+  void run_four(int64_t row, const Scratch<float>& scales, const Scratch<float>& up) const {
+    float sums[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      s_.widen(row_of(g_.up, row + i), g_.up.dtype, up + i * rank_, g_.r);
+      load_scales(row + i, scales + i * shape_.groups);
+    }
+    s_.project(hidden_ + 0, 1, up + 0, rank_, 4, sums);
+    s_.dot4(g_.weight_codes + row * g_.k / 2, shape_.blocks, table_, codes_ + 0, scales + 0, sums);
+    for (int64_t i = 0; i < 4; ++i) store_output(g_, 0, row + i, sums[i] + bias_of(g_.bias, row + i));
+  }
+
   // A weight row's scales times the token's.
   void load_scales(int64_t row, float* to) const {
     s_.widen(row_of(g_.weight_scales, row), g_.weight_scales.dtype, to, shape_.groups);
@@ -228,8 +232,7 @@ const char* gemm(const Gemm& args, const Launch& launch) {
   const Shape shape(args);
   if (suits_dot4(args, *s)) {
     const Token token(args, shape, *s, table);
-    for_ranges(launch, args.n / 4, ceil_div(1 << 16, args.k),
-               [&](int64_t begin, int64_t end) { token.run(begin, end); });
+    for_pieces(launch, args.n / 4, ceil_div(1 << 16, args.k), [&](const Pieces& pieces) { token.run(pieces); });
     return nullptr;
   }
   const Activations acts(args, shape, *s, table, launch);

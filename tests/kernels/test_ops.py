@@ -121,9 +121,10 @@ def test_activations_may_be_a_view(name):
         assert torch.equal(linear.linear(view, narrow, ops), linear.linear(view.contiguous(), narrow, ops))
 
 
+@pytest.mark.parametrize("sizes", [(300, 100, 192), (1, 4096, 192)], ids=["picture", "one-token"])
 @pytest.mark.parametrize("name", layers.COMPUTED)
-def test_the_number_of_threads_changes_no_bit(name):
-    x, w = inputs(name, m=300, n=100, k=192)
+def test_the_number_of_threads_changes_no_bit(name, sizes):
+    x, w = inputs(name, *sizes)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
