@@ -21,8 +21,14 @@ def straighten(weights: LinearWeights, splits: int) -> LinearWeights:
     """A modulation linear in the model's own order: rows un-interleaved, the folded +1 taken out of the bias.
 
     Stored row j*S + s is row s*d + j; scale chunks are s = 1 and, for S = 6, s = 4. The bias comes back in fp32,
-    because 16 bits cannot hold every (b + 1) - 1.
+    because 16 bits cannot hold every (b + 1) - 1. Raises ValueError where there is none, or rows of an odd chunk.
     """
+    if weights.bias is None or weights.out_features % splits:
+        found = "no bias" if weights.bias is None else f"{weights.out_features} rows"
+        raise ValueError(
+            f"modulation: expected a bias and rows for {splits} chunks, got {found}. "
+            "The file is damaged; download it again."
+        )
     straight = weights.rows(straight_order(weights.out_features, splits))
     bias = straight.bias.float().reshape(splits, -1).clone()
     bias[1::3] -= 1

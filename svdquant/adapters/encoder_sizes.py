@@ -47,7 +47,7 @@ def _t5(path: Path, encoder: str, state: Mapping[str, Tensor]) -> dict[str, int]
         "num_heads": bias[1],
         "d_kv": q[0] // bias[1],
         "d_ff": wi[0],
-        "num_layers": _depth(state, r"encoder\.block\.(\d+)\."),
+        "num_layers": _depth(path, state, r"encoder\.block\.(\d+)\."),
     }
 
 
@@ -63,7 +63,7 @@ def _decoder(path: Path, encoder: str, state: Mapping[str, Tensor]) -> dict[str,
         "vocab_size": table[0],
         "hidden_size": table[1],
         "intermediate_size": up[0],
-        "num_hidden_layers": _depth(state, rf"{re.escape(model)}layers\.(\d+)\."),
+        "num_hidden_layers": _depth(path, state, rf"{re.escape(model)}layers\.(\d+)\."),
         "num_attention_heads": q[0] // head,
         "num_key_value_heads": k[0] // head,
     }
@@ -78,5 +78,12 @@ def _shapes(path: Path, state: Mapping[str, Tensor], *names: str) -> list[tuple[
     return [tuple(state[name].shape) for name in names]
 
 
-def _depth(state: Mapping[str, Tensor], block: str) -> int:
-    return 1 + max(int(found[1]) for name in state if (found := re.match(block, name)))
+def _depth(path: Path, state: Mapping[str, Tensor], block: str) -> int:
+    blocks = {found[1]: name for name in state if (found := re.match(block, name))}
+    stray = next((name for i, name in blocks.items() if i not in map(str, range(len(blocks)))), None)
+    if stray:
+        raise ValueError(
+            f"{path.name}: {stray}: expected blocks 0 to {len(blocks) - 1}, got another. "
+            "The file is incomplete; download it again."
+        )
+    return len(blocks)

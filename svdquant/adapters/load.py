@@ -126,9 +126,16 @@ class _Reader:
 
     def read(self, name: str, role: Role) -> LinearWeights:
         if name != self._name:
-            self._name, self._weights = name, apply_role(self._checkpoint.layers[name], role)
-        weights = straighten(self._weights, role.splits) if role.splits else self._weights
-        return take_share(weights, role.share) if role.share else weights
+            self._name, self._weights = name, self._whole(name, role)
+        return take_share(self._weights, role.share) if role.share else self._weights
+
+    def _whole(self, name: str, role: Role) -> LinearWeights:
+        stored = self._checkpoint.layers[name]
+        try:
+            weights = apply_role(stored, role)
+            return straighten(weights, role.splits) if role.splits else weights
+        except ValueError as error:
+            raise ValueError(f"{self._checkpoint.path.name}: {name}: {error}") from None
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -96,3 +96,12 @@ def test_nan_scale_names_file_and_key(tmp_path):
 
     with pytest.raises(ValueError, match=r"changed\.safetensors.*qkv_proj\.wscales.*NaN"):
         load_model(_changed(tmp_path, spoil))
+
+
+def test_modulation_without_its_bias_names_file_and_layer(tmp_path):
+    name = "transformer_blocks.0.norm1.linear"
+    path = _changed(tmp_path, lambda tensors: tensors.pop(f"{name}.bias"))
+    with pytest.raises(
+        ValueError, match=rf"^changed\.safetensors: {name}: modulation: expected a bias .*got no bias"
+    ):
+        load_model(path)

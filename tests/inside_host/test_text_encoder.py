@@ -253,6 +253,11 @@ REFUSED = {  # files, type, message
         "pixart",
         "encoder class disagrees with the file",
     ),
+    "block-far-beyond": (
+        lambda e: e.stored | {"encoder.block.999999999.layer.0.layer_norm.weight": torch.ones(128).half()},
+        "pixart",
+        r"t5\.safetensors: encoder\.block\.999999999\..*: expected blocks 0 to \d, got another",
+    ),
     "flux-without-clip-l": (lambda e: e.stored, "flux", r"type flux: expected 2 files \(CLIP-L and T5\), got 1"),
     "no-such-type": (lambda e: e.stored, "sdxl", "type: expected one of flux, sd3"),
 }  # fmt: skip
