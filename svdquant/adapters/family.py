@@ -106,13 +106,11 @@ class Source:
     share: tuple[int, int] | None = None
 
     def read(self, plain: Mapping[str, Tensor]) -> Tensor:
-        """A tensor of its own, no view of the file."""
-        tensor = (
-            plain[self.names[0]].clone()
-            if len(self.names) == 1
-            else torch.cat([plain[n] for n in self.names])
-        )
-        return self.change(tensor).contiguous() if self.change else tensor
+        """A tensor of its own, no view of the file or of more rows."""
+        tensors = [plain[name] for name in self.names]
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        changed = self.change(tensor) if self.change else tensor
+        return changed.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

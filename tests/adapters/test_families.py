@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ import torch
 from svdquant_nodes.svdquant.adapters import families
 from svdquant_nodes.svdquant.adapters.conventions import holds_shift, straighten, to_engine, unsign
 from svdquant_nodes.svdquant.adapters.families import flux, native, t5
-from svdquant_nodes.svdquant.adapters.family import Names, Role, Source, apply_role, assemble, take_share
+from svdquant_nodes.svdquant.adapters.family import (
+    Names,
+    Role,
+    Source,
+    apply_role,
+    assemble,
+    rows_of_share,
+    take_share,
+)
 from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.svdquant.core.weights import GELU_SHIFT
 from svdquant_nodes.tests.layers import random_linear
@@ -135,6 +144,13 @@ def test_the_hosts_own_names_are_native():
     assert mapped.plain == {"img_in.weight": Source(("img_in.weight",))}
 
 
+def test_a_share_of_a_dense_linear_keeps_no_other_rows():
+    fused = torch.arange(24.0).reshape(12, 2)
+    source = Source(("qkv",), partial(rows_of_share, share=(1, 3)), (1, 3))
+    mine = source.read({"qkv": fused})
+    assert torch.equal(mine, fused[4:8]) and mine.untyped_storage().nbytes() == mine.nbytes
+
+
 def test_no_family():
     assert families.resolve(checkpoint(["decoder.block.0.layer.0.SelfAttention.q"])) is None
 
@@ -150,6 +166,17 @@ def test_straighten_undoes_rows_and_plus_one(splits):
             assert torch.equal(model[s * d + j], stored[j * splits + s])
             folded = 1.0 if s in (1, 4) else 0.0
             assert straight.bias[s * d + j] == weights.bias[j * splits + s].float() - folded
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "found"),
+    [(24, dict(bias=None), "no bias"), (20, {}, "20 rows")],
+    ids=["no-bias", "rows-do-not-divide"],
+)
+def test_what_is_no_modulation_is_refused(rows, changes, found):
+    weights = replace(random_linear("awq", rows, 64, seed=1), **changes)
+    with pytest.raises(ValueError, match=f"modulation: expected a bias and rows for 6 chunks, got {found}"):
+        straighten(weights, 6)
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.3, None], ids=["no-bias-of-its-own", "a-bias", "none-stored"])
