@@ -110,4 +110,5 @@ def run(name: str, task: Task) -> Fit:
         raise ValueError(
             f"recipe {name}: expected calibration statistics, got none. Calibrate, or use instant."
         )
-    return RECIPES[name](start(task))
+    silent = task.sample is not None and not bool(task.sample.rows.any())  # which tells of no input at all
+    return RECIPES["instant" if silent else name](start(task))

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from ...loaders import natural
 from ...loaders.checkpoint import Lazy
 from ...loaders.detect import open_checkpoint
@@ -114,7 +116,7 @@ def notes(jobs: Sequence[Job], settings: Settings, errors: Mapping[str, float]) 
 def check_statistics(
     jobs: Sequence[Job], settings: Settings, statistics: Mapping[str, Sample] | None
 ) -> None:
-    """Refuse before hours of work what would fail at the first linear without a sample."""
+    """Refuse before hours of work what would fail at the first linear without a sample, or with NaN in it."""
     if settings.recipe not in recipes.RECIPES:
         recipes.run(settings.recipe, None)
     if settings.recipe == "instant":
@@ -125,6 +127,12 @@ def check_statistics(
             f"recipe {settings.recipe}: expected statistics of every linear, got none of {missing[0]} and "
             f"{len(missing) - 1} more. Calibrate this model, or use the recipe instant."
         )
+    for name in dict.fromkeys(job.reads for job in jobs if job.precision != "awq"):
+        if not bool(torch.isfinite(statistics[name].mean).all()):
+            raise ValueError(
+                f"statistics of {name}: expected finite inputs, got NaN or infinity. The 16-bit model overflowed "
+                "while it was sampled; calibrate again with it in bf16 or fp32."
+            )
 
 
 def key_of(plan: Plan, settings: Settings, statistics: Mapping[str, Sample] | None) -> str:

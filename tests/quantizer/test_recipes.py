@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from svdquant_nodes.svdquant.core import linear, reference
 from svdquant_nodes.svdquant.core.weights import INT4, INT4_UNSIGNED, NVFP4
 from svdquant_nodes.svdquant.quantizer.recipes import RECIPES, run
-from svdquant_nodes.svdquant.quantizer.task import Task, freeze, relative_error
+from svdquant_nodes.svdquant.quantizer.task import Sample, Task, freeze, relative_error
 from svdquant_nodes.tests.quantizer.layer import make_task
 from svdquant_nodes.tests.tolerances import assert_close
 
@@ -71,6 +73,15 @@ def test_without_a_bias_none_is_invented():
     task = make_task()
     made = freeze(run("instant", Task(task.weight, None, INT4, 8)))
     assert made.bias is None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_silent_inputs_tell_nothing_and_the_weight_is_kept(name):
+    task = make_task()
+    silent = Sample.of(torch.zeros_like(task.sample.rows), torch.zeros_like(task.sample.held))
+    made, alone = (freeze(run(n, replace(task, sample=s))) for n, s in ((name, silent), ("instant", None)))
+    assert made.tensors().keys() == alone.tensors().keys()
+    assert all(torch.equal(made.tensors()[field], t) for field, t in alone.tensors().items())
 
 
 def test_rank_zero_works():

@@ -102,6 +102,9 @@ def test_calibrated_recipes_use_the_statistics_and_need_them(source, tmp_path):
     target = tmp_path / "out.safetensors"
     calibrated = quantize(source, target, "fast", statistics=seen)
     assert max(calibrated.values()) < 0.2
+    seen.see("single_blocks.0.linear1", torch.full((1, 128), torch.nan))
+    with pytest.raises(ValueError, match=r"statistics of single_blocks\.0\.linear1: expected finite inputs"):
+        quantize(source, target, "fast", statistics=seen)
     del seen._recorders["single_blocks.0.linear2"]
     with pytest.raises(
         ValueError, match=r"recipe fast: expected statistics of every linear, got none of single"
