@@ -140,6 +140,12 @@ def test_an_interrupt_leaves_no_file_and_the_next_run_goes_on(models, monkeypatc
     assert [file.name for file in models.iterdir()] == ["made.safetensors"]
 
 
+@pytest.mark.parametrize(("where", "ours"), [("cuda:1", "cuda:1"), ("mps", "cpu"), ("xpu:0", "cpu")])
+def test_recipes_run_where_all_they_need_is(monkeypatch, where, ours):
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device(where))
+    assert host.device() == ours
+
+
 def test_4_bit_models_are_not_calibrated(quantized):
     with pytest.raises(ValueError, match="calibration: expected a 16-bit model, got one in 4 bits"):
         SVDQuantCalibrate.execute(quantized, 64, 0)

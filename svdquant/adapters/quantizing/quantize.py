@@ -38,8 +38,9 @@ def target(name: str, kind: str = folders.MODELS) -> Path:
 
 
 def device() -> str:
-    """Where the host computes."""
-    return str(comfy.model_management.get_torch_device())
+    """Where the host computes, if all that a recipe needs is there: others lack fp64 or matrix factorizations."""
+    device = comfy.model_management.get_torch_device()
+    return str(device) if device.type == "cuda" else "cpu"
 
 
 def progress() -> Callable[..., None]:
