@@ -8,5 +8,5 @@ lora/                LoRAs on a loaded model
 baking/              LoRAs folded into a file
 quantizing/          which linears become 4-bit, calibration, comparison
 patcher              methods of the host's patcher that must act differently on 4-bit layers
-convert, report, sampling, folders, demo   what the other nodes call
+convert, report, sampling, folders, devices, demo   what the other nodes call
 """

@@ -17,6 +17,7 @@ from ..core import int8
 from ..core.linear import Part
 from ..core.weights import LinearWeights
 from ..kernels import ops
+from .devices import able
 
 AUTO, FOUR, EIGHT = CHOICES = ("auto", "4 bit", "8 bit")
 WIDENING_BYTES = 20  # a weight's, at the peak: fp32 copies of it, of its scales and of what is made of them
@@ -33,9 +34,11 @@ def in_eight_bits(wanted: str, device: torch.device) -> bool:
 
 
 def widen(parts: Sequence[Part], device: torch.device) -> tuple[Part, ...]:
-    """The parts of a host layer in 8 bits, computed on `device` and left there; AWQ parts stay as they are."""
+    """The parts of a host layer in 8 bits, computed and left on `device`, if it is able; AWQ parts stay as they are."""
     return tuple(
-        part if part.weights.spec.format == "awq" else replace(part, weights=_widened(part.weights, device))
+        part
+        if part.weights.spec.format == "awq"
+        else replace(part, weights=_widened(part.weights, able(device)))
         for part in parts
     )
 

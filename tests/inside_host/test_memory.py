@@ -357,6 +357,15 @@ def test_what_becomes_of_a_branch_in_ram(weight, compute, pins, expected):
     assert residence.chosen(weight, compute, pins) is expected
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["the-host-waits", "the-host-does-not"])
+def test_copies_wait_where_the_hosts_do(monkeypatch, waits):
+    asked = []
+    monkeypatch.setattr(comfy.model_management, "device_supports_non_blocking", lambda device: waits)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where, **how: asked.append((where, how)))
+    residence.sent(META)(torch.ones(2))
+    assert asked == [((META,), {"non_blocking": waits})]
+
+
 def test_memory_that_cannot_be_locked_is_used_as_it_is(monkeypatch):
     def refuse(tensor):
         raise RuntimeError("no accelerator")

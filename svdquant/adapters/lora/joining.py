@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...core.linear import Branch
 from .. import layout
+from ..devices import able
 from ..operations import QuantizedLinear
 from . import factors
 from .factors import Factored
@@ -81,7 +82,7 @@ def forget(layer: QuantizedLinear) -> None:
 
 
 def join(layer: QuantizedLinear, key: str, patches: Sequence[Patch], device: torch.device) -> Joined:
-    """The branches in RAM that a layer's patches mean; what has to be worked out is worked out on `device`.
+    """The branches in RAM that a layer's patches mean; worked out on `device`, if it is able.
 
     A patch that does not fit the layer is left out and noted, as the host leaves it out of a 16-bit layer.
     """
@@ -140,7 +141,7 @@ def planned(layer: QuantizedLinear, patches: Sequence[Patch]) -> int:
 
 def _reduced(value: object, size: tuple[int, int], device: torch.device) -> Factored:
     """A difference without exact factors: of low rank within the limit, or whole."""
-    zeros = torch.zeros(size, dtype=torch.float32, device=device)
+    zeros = torch.zeros(size, dtype=torch.float32, device=able(device))
     delta = comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], zeros, "")
     found = truncated(delta, error_limit()) or factors.whole(delta, _dtype(device))
     return replace(found, branches=tuple(b.map(_in_ram) for b in found.branches))
@@ -189,11 +190,9 @@ def _seeing(
     layer: QuantizedLinear, key: str, patch: Patch, joined: list[Branch], device: torch.device
 ) -> list[Branch]:
     """The branches after a patch that looks at the weight as the branches before it have left it."""
-    weight = layer.weight.to(
-        device=device
-    )  # dequantized here: the tensor's own method would round to 16 bits
+    weight = layer.weight.to(device=able(device))  # dequantized here: its own method would round to 16 bits
     base, _ = layout.dense(layout.unpack(weight._qdata, weight._params), tuple(weight.shape), None)
-    before = base + dense_sum(joined, tuple(base.shape), device=device)
+    before = base + dense_sum(joined, tuple(base.shape), device=base.device)
     pair = _glora(patch, before)
     if pair is not None:
         return [*joined, pair]

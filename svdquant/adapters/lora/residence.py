@@ -67,7 +67,7 @@ class Residence:
         """The branches on the device of a product; `image` says that the weight, too, is kept there meanwhile."""
         if device == self._weight or not self.beside:
             return self.beside
-        visit = self._image if image and self._image else Copies(lambda t: t.to(device, non_blocking=True))
+        visit = self._image if image and self._image else Copies(sent(device))
         self._image = visit if image else None
         return tuple(branch.map(visit) for branch in self.beside)
 
@@ -79,6 +79,12 @@ class Residence:
     def _settle(self, weight: torch.device, compute: torch.device) -> None:
         self._weight, self._compute = weight, compute
         self._copies, self._image = Copies(chosen(weight, compute, pinning())), None
+
+
+def sent(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What copies a branch for a product, without waiting where the host does so too."""
+    non_blocking = comfy.model_management.device_supports_non_blocking(device)
+    return lambda tensor: tensor.to(device, non_blocking=non_blocking)
 
 
 def stay(tensor: Tensor) -> Tensor:

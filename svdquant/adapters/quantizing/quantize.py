@@ -8,6 +8,7 @@ from pathlib import Path
 import comfy.model_management
 
 from .. import folders
+from ..devices import able
 
 UNPORTABLE = set('<>:"|?*')  # in a file's name on Windows
 
@@ -38,9 +39,8 @@ def target(name: str, kind: str = folders.MODELS) -> Path:
 
 
 def device() -> str:
-    """Where the host computes, if all that a recipe needs is there: others lack fp64 or matrix factorizations."""
-    device = comfy.model_management.get_torch_device()
-    return str(device) if device.type == "cuda" else "cpu"
+    """Where the host computes, if all that a recipe needs is there."""
+    return str(able(comfy.model_management.get_torch_device()))
 
 
 def progress() -> Callable[..., None]:
