@@ -112,6 +112,10 @@ class TensorWriter:
                     self._finish()
             if kind is None:
                 self._part.replace(self._path)
+        except PermissionError:
+            raise ValueError(
+                f"{self._path.name}: cannot be replaced, since a program has it open. Close it, or name another file."
+            ) from None
         finally:
             self._part.unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +118,18 @@ def test_a_disk_that_is_full_at_the_last_moment(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(ValueError, match="the disk is full; nothing was written"):
+        write_checkpoint(tmp_path / "a.safetensors", {}, made.PLAIN, {}, dict)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_another_program_holds_as_on_windows(tmp_path, monkeypatch):
+    def held(*_):
+        raise PermissionError(13, "The process cannot access the file")
+
+    monkeypatch.setattr(Path, "replace", held)
+    with pytest.raises(
+        ValueError, match="a.safetensors: cannot be replaced, since a program has it open. Close it"
+    ):
         write_checkpoint(tmp_path / "a.safetensors", {}, made.PLAIN, {}, dict)
     assert list(tmp_path.iterdir()) == []
 

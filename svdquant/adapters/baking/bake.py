@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from traceback import clear_frames
 
 import torch
 from torch import Tensor
 
 from ....loaders import lora_nunchaku, nunchaku
-from ....loaders.checkpoint import Checkpoint, Lazy
+from ....loaders.checkpoint import Lazy
 from ....loaders.detect import open_checkpoint
 from ....loaders.lora import read_lora
 from ....loaders.lora_belongs import check_belongs
@@ -99,25 +100,34 @@ def bake(
     for path in (target, rest):
         if path.exists():
             raise ValueError(f"{path.name}: expected a new file, got one that is there. Choose another name.")
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{path.name}: expected a folder {path.parent}, got none. Make it first.")
     step = progress or (lambda done, total: None)
-    with bakeable(base, target.parent, step) as checkpoint:
-        return _write(Base(checkpoint), loras, target, rest, limit, step)
+    with bakeable(base, target.parent, step) as ready:
+        return _write(Base(open_checkpoint(ready)), loras, target, rest, limit, step)
 
 
 @contextmanager
-def bakeable(path: Path, folder: Path, step: Progress) -> Iterator[Checkpoint]:
-    """The checkpoint in a dialect that can be baked into, converted for the time being where it is in another."""
+def bakeable(path: Path, folder: Path, step: Progress) -> Iterator[Path]:
+    """The checkpoint in a dialect that can be baked into, converted for the time being where it is in another.
+
+    A path: nobody may hold the converted file's memory map in the end, or Windows keeps the file.
+    """
     checkpoint = open_checkpoint(path)
     # A family without a table of its own stays natural: only a table knows where Nunchaku's layout shifts activations.
     natural = isinstance(resolve(checkpoint), native.Native)
     if checkpoint.dialect in (("natural",) if natural else nunchaku.WRITTEN):
-        yield checkpoint
+        yield path
         return
     with TemporaryDirectory(dir=folder, prefix=".bake-", ignore_cleanup_errors=True) as scratch:
         converted = Path(scratch) / f"{path.stem}.safetensors"
         dialect = "natural" if natural else "nunchaku"
         convert(checkpoint, converted, dialect, progress=lambda _, done, total: step(done, total))
-        yield open_checkpoint(converted)
+        try:
+            yield converted
+        except BaseException as error:
+            clear_frames(error.__traceback__)  # which hold it too
+            raise
 
 
 def _write(

@@ -6,11 +6,15 @@ Where the two differ on purpose, a test says why the mathematics wins.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from svdquant_nodes.loaders import natural
 from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.svdquant.adapters.baking import bake
 from svdquant_nodes.svdquant.core import tiles
@@ -19,6 +23,8 @@ from svdquant_nodes.tests.adapters.baking.toy import GOLDEN, D, S, one_layer, pr
 from svdquant_nodes.tests.loaders import made
 from svdquant_nodes.tests.tolerances import assert_close
 from svdquant_nodes.tools.commands import bake_lora
+
+MAPS = Path("/proc/self/maps")
 
 
 def branches(case):
@@ -179,6 +185,43 @@ def test_refused_files(folder, tmp_path):
     (tmp_path / "out.safetensors").touch()
     with pytest.raises(ValueError, match="expected a new file, got one that is there"):
         run(folder, tmp_path, ("lora1", 1.0))
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="only Linux tells what is mapped")
+@pytest.mark.parametrize("fails", [False, True], ids=["baked", "refused"])
+def test_the_converted_file_is_let_go_before_it_is_removed(folder, tmp_path, monkeypatch, fails):
+    """Windows removes no file that is mapped into memory."""
+    mapped = []
+
+    class Scratch(TemporaryDirectory):
+        def cleanup(self):
+            mapped.append(self.name in MAPS.read_text())
+            super().cleanup()
+
+    monkeypatch.setattr(bake, "TemporaryDirectory", Scratch)
+    monkeypatch.setattr(Scratch, "__exit__", lambda self, *_: self.cleanup())
+    source = open_checkpoint(folder / "base.safetensors")
+    natural.write(tmp_path / "natural.safetensors", source.layers, source.plain, source.metadata)
+    if fails:
+        monkeypatch.setattr(
+            bake, "branch_tensors", lambda source, grown: source.stored_pair(next(iter(grown))) / 0
+        )
+    with pytest.raises(TypeError) if fails else nullcontext():
+        bake.bake(
+            tmp_path / "natural.safetensors",
+            [(folder / "lora1.safetensors", 1.0)],
+            tmp_path / "out.safetensors",
+        )
+    assert mapped == [False] and (tmp_path / "out.safetensors").exists() != fails
+
+
+@pytest.mark.parametrize("where", ["target", "rest"])
+def test_a_folder_that_is_not_there_is_told_before_anything_is_written(folder, tmp_path, where):
+    paths = {"target": tmp_path / "out.safetensors", "rest": tmp_path / "rest.safetensors"}
+    paths[where] = tmp_path / "no" / paths[where].name
+    with pytest.raises(ValueError, match=f"{paths[where].name}: expected a folder .*no, got none"):
+        bake.bake(folder / "base.safetensors", [(folder / "lora1.safetensors", 1.0)], **paths)
+    assert not list(tmp_path.rglob("*.safetensors.part"))
 
 
 @pytest.mark.parametrize(
