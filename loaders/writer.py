@@ -25,6 +25,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ENTRY_BYTES = 160  # bound on one header entry without the name: four dimensions and two offsets of 16 digits
 TENSORS_PER_LAYER = 10  # bound over all dialects we write
 LONGEST_TAIL = 24  # bound on "smooth_factor_orig" and its like
+UNPORTABLE = set('<>:"|?*')  # in a file's name on Windows
 METADATA_BYTES = 2048  # what an encoder may add to the metadata
 
 

@@ -26,7 +26,7 @@ from ....loaders.lora import read_lora
 from ....loaders.lora_belongs import check_belongs
 from ....loaders.lora_names import rename
 from ....loaders.nunchaku_linear import encode_linear
-from ....loaders.writer import write_checkpoint
+from ....loaders.writer import UNPORTABLE, write_checkpoint
 from ...core.linear import Branch
 from ..convert import convert
 from ..families import native, resolve
@@ -223,10 +223,11 @@ def _branch(
 
 
 def new_file(folder: Path, name: str) -> Path:
-    """The path of a new checkpoint in a folder. ValueError for a name that leads out of it."""
+    """The path of a new checkpoint in a folder. ValueError for a name that leads out, or that some systems lack."""
     plain = name.strip().removesuffix(".safetensors")
-    if not plain or Path(plain).name != plain or plain.startswith("."):
+    if not plain or Path(plain).name != plain or plain.startswith(".") or (UNPORTABLE | {"\\"}) & set(plain):
         raise ValueError(
-            f"{name!r}: expected the plain name of a file, got a path or nothing. Leave out folders."
+            f"{name!r}: expected the plain name of a file, got a path, nothing, or one of "
+            f"{' '.join(sorted(UNPORTABLE))}. Leave those and folders out."
         )
     return folder / f"{plain}.safetensors"

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import comfy.model_management
 
+from ....loaders.writer import UNPORTABLE
 from .. import folders
 from ..devices import able
-
-UNPORTABLE = set('<>:"|?*')  # in a file's name on Windows
 
 
 def target(name: str, kind: str = folders.MODELS) -> Path:

@@ -243,7 +243,7 @@ def test_argument_with_no_number():
         bake_lora.parse("a.safetensors:half")
 
 
-@pytest.mark.parametrize("name", ["", "../a", "a/b", ".hidden", "/a"])
+@pytest.mark.parametrize("name", ["", "../a", "a/b", ".hidden", "/a", "C:a", "a\\b", "a?"])
 def test_new_file_stays_in_its_folder(tmp_path, name):
     with pytest.raises(ValueError, match="expected the plain name of a file"):
         bake.new_file(tmp_path, name)
