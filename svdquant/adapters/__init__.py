@@ -2,7 +2,8 @@
 
 load, text_encoder   a checkpoint becomes a host's model or text encoder
                      for text encoders: encoder_types, which files go together; encoder_sizes
-                     for them: family, conventions, layout, operations, dense_bias, inputs, feed_forward, activations
+                     for them: family, conventions, layout, operations, dense_bias, inputs, feed_forward,
+                     single_block, activations
 families/            one table a model family; they import no ComfyUI
 lora/                LoRAs on a loaded model
 baking/              LoRAs folded into a file

@@ -12,7 +12,7 @@ wrong block, or, in older hosts, stop it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import linear as core
-from .operations import QuantizedLinear
+from .layout import Entry
+from .operations import QuantizedLinear, lent_together
 
 
 @dataclass(frozen=True)
@@ -76,30 +77,40 @@ class Known:
         self.first, self.second, *self.rest = (part for _, part in self.parts)
 
     def fits(self) -> bool:
-        """Whether two layers of 4-bit integers stand around one GELU by tanh."""
+        """Whether two layers that can be computed at once, of one part each, stand around one GELU by tanh."""
         active = [part for part in self.rest if not _does_nothing(part)]
-        gelu = len(active) == 1 and getattr(active[0], "approximate", "") == "tanh"
-        return gelu and _is_int4(self.first, may_shift=False) and _is_int4(self.second, may_shift=True)
+        stored = entries(self.first), entries(self.second)
+        whole = len(active) == 1 and is_gelu(active[0]) and all(len(parts) == 1 for parts in stored)
+        return whole and core.may_pair(*(parts[0].spec for parts in stored))
 
     def unchanged(self, module: nn.Module) -> bool:
         """Whether the parts are still there, and nobody looks at or wraps what passes between them."""
-        return all(
-            module.get_submodule(path) is part
-            and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
-            for path, part in self.parts
-        )
+        return untouched(module, self.parts)
+
+
+def untouched(module: nn.Module, parts: Iterable[tuple[str, nn.Module]]) -> bool:
+    """Whether these are still parts of a module, under these paths, without hooks or another forward."""
+    return all(module.get_submodule(path) is part and not _is_watched(part) for path, part in parts)
+
+
+def _is_watched(part: nn.Module) -> bool:
+    hooks = part._forward_hooks or part._forward_pre_hooks
+    return bool(hooks or part._compiled_call_impl or "forward" in part.__dict__)
+
+
+def is_gelu(module: nn.Module) -> bool:
+    """Whether it is the GELU by tanh."""
+    return getattr(module, "approximate", "") == "tanh"
+
+
+def entries(layer: nn.Module) -> Sequence[Entry]:
+    """What the parts of a quantized layer are; none of any other."""
+    quantized = isinstance(layer, QuantizedLinear) and layer.quantized
+    return layer.weight._params.entries if quantized else ()
 
 
 def _does_nothing(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.p)
-
-
-def _is_int4(layer: nn.Module, may_shift: bool) -> bool:
-    """Whether it is a quantized layer of one part in 4-bit integers, with shifted activations only if it may."""
-    if not (isinstance(layer, QuantizedLinear) and layer.quantized):
-        return False
-    specs = [entry.spec for entry in layer.weight._params.entries]
-    return len(specs) == 1 and specs[0].format == "int4" and (may_shift or not specs[0].act_shift)
 
 
 class Together:
@@ -128,10 +139,5 @@ def _class_of(cls: type) -> type:
 
 def compute(x: Tensor, first: QuantizedLinear, second: QuantizedLinear) -> Tensor | None:
     """Both layers with the GELU between, None where that takes their own forwards."""
-    layers = first, second
-    if not all(layer.alone(x.device) for layer in layers):
-        return None
-    with first.lent(x.device) as one, second.lent(x.device) as two:
-        if one is None or two is None or not all(layer.alone(x.device) for layer in layers):
-            return None
-        return core.forward_pair(x, one, two, first.op_set)
+    with lent_together(first, second, x.device) as layers:
+        return None if layers is None else core.forward_pair(x, *layers, first.op_set)

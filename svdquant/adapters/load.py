@@ -20,7 +20,7 @@ from ...loaders.detect import open_checkpoint
 from ..core.weights import LinearWeights
 from ..kernels import ops as kernel_ops
 from . import activations as widths
-from . import feed_forward, layout
+from . import feed_forward, layout, single_block
 from .conventions import straighten
 from .families import Family, Mapped, Role, apply_role, resolve
 from .family import assemble, take_share
@@ -57,6 +57,7 @@ def load_model(
     patcher = _build(checkpoint, family, state_dict, ops, disable_dynamic)
     if ops is kernel_ops and ops.fuses("gemm_int4_gelu", device.type, device.index):
         feed_forward.install(patcher.model)
+        single_block.install(patcher.model)
     branches.attach(patcher)
     patcher.cached_patcher_init = (load_model, (str(path), ops, activations))
     patcher.set_attachments(branches.KEY, Source(checkpoint.path, checkpoint.dialect, family.name))

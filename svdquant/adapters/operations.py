@@ -6,7 +6,7 @@ dict entry is a quantized tensor; otherwise it stays the host's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -46,6 +46,8 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
     op_set: ModuleType
     slot: Slot  # one a model
     wrappers: tuple = ()  # functions of the dense weight that another node added on purpose
+    # what computes it with other layers of its block, or returns None and leaves it to the layer; see single_block.py
+    together: Callable[[QuantizedLinear, Tensor], Tensor | None] | None = None
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
         # On meta: a 16-bit copy of a 12 B model must not be reserved only to be thrown away.
@@ -131,16 +133,18 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         """[..., K] -> [..., N] in x's dtype."""
         if not self.quantized:
             return super().forward(x, *args, **kwargs)
+        if self.together is not None and (y := self.together(self, x)) is not None:
+            return y
         weight, bias, stream = self._cast(x.device)
         branches = self._branches_at(x.device)
         if self.wrappers or not isinstance(weight, QuantizedTensor):
             y = self._forward_dense(x, weight, bias, branches)
         else:
-            y = core.forward(x, parts_of(weight, bias), None, branches, self.op_set, self._slot())
+            y = core.forward(x, parts_of(weight, bias), None, branches, self.op_set, self.shared_slot())
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return y
 
-    def _slot(self) -> Slot | None:
+    def shared_slot(self) -> Slot | None:
         """None where a hook may write into x between two layers that read it, of which nothing else would tell."""
         if self._forward_pre_hooks or self._forward_hooks:
             self.slot.forget()
@@ -235,6 +239,21 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         """What the dense layer's bias has more than the stored one, where and as precise as `bias` is."""
         parts = unpack(self.weight._qdata.to(bias.device), self.weight._params)
         return shift_compensation(parts, self.out_features).to(bias.dtype)
+
+
+@contextmanager
+def lent_together(
+    first: QuantizedLinear, second: QuantizedLinear, device: torch.device
+) -> Iterator[tuple[Layer, Layer] | None]:
+    """Two layers for one product, None where one of them is not alone there."""
+    layers = first, second
+    if not all(layer.alone(device) for layer in layers):
+        yield None
+        return
+    with first.lent(device) as one, second.lent(device) as two:
+        # lending may have found that there is no room left
+        there = one is not None and two is not None and all(layer.alone(device) for layer in layers)
+        yield (one, two) if there else None
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.nn.Parameter:

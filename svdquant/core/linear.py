@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from .reference import rounded
 from .sharing import Quantized, Reader, Slot
-from .weights import LinearWeights
+from .weights import LinearWeights, QuantSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +151,20 @@ def feed_forward(
     x        [M, K]   bf16 | fp16 | fp32   the activations between are rounded to its dtype
     returns  [M, N]   `dtype`, rounded once; of `second`
     """
-    between = ops.gemm_int4_gelu(*quantize(x, first, ops), first, second, dtype=x.dtype)
+    between = through_gelu(quantize(x, first, ops), first, second, ops, dtype=x.dtype)
     return multiply(between, second, ops, dtype=dtype)
+
+
+def through_gelu(
+    quantized: Quantized, first: LinearWeights, second: LinearWeights, ops: ModuleType, *, dtype: torch.dtype
+) -> Quantized:
+    """The product of what `quantize` made, GELU, and the next linear's input; `dtype` is that between them."""
+    return ops.gemm_int4_gelu(*quantized, first, second, dtype=dtype)
+
+
+def may_pair(first: QuantSpec, second: QuantSpec) -> bool:
+    """Whether linears of these specs can be computed so: 4-bit integers, shifted for the second alone."""
+    return first.format == second.format == "int4" and not first.act_shift
 
 
 Recall = Callable[[Reader, Callable[[], Quantized]], Quantized]  # Slot.recall for one x
@@ -177,16 +189,17 @@ def join(
     if len(parts) == 1:
         return _one(x, parts[0], ops, recall, dtype=dtype)
     if parts[-1].column:
-        return _summed(x, parts, ops, recall, dtype)
+        return summed(x, parts, ops, recall, dtype=dtype)
     y = x.new_empty(x.shape[0], parts[-1].rows.stop, dtype=dtype)
     for part in parts:
         _one(x, part, ops, recall, dtype=dtype, out=y[:, part.rows])
     return y
 
 
-def _summed(
-    x: Tensor, parts: Sequence[Part], ops: ModuleType, recall: Recall | None, dtype: torch.dtype
+def summed(
+    x: Tensor, parts: Sequence[Part], ops: ModuleType, recall: Recall | None = None, *, dtype: torch.dtype
 ) -> Tensor:
+    """Parts beside each other, in order, as `join` takes them."""
     y = None
     for part in parts:
         to = dtype if part is parts[-1] else torch.float32
@@ -197,8 +210,13 @@ def _summed(
 def _one(x: Tensor, part: Part, ops: ModuleType, recall: Recall | None, **to: Any) -> Tensor:
     if recall is None or part.reader is None:
         return linear(x, part.weights, ops, **to)
-    quantized = recall(part.reader, partial(quantize, x, part.weights, ops))
-    return multiply(quantized, part.weights, ops, **to)
+    return multiply(quantize_part(x, part, ops, recall), part.weights, ops, **to)
+
+
+def quantize_part(x: Tensor, part: Part, ops: ModuleType, recall: Recall | None) -> Quantized:
+    """A part's input, quantized by it or by another that quantizes alike."""
+    make = partial(quantize, x, part.weights, ops)
+    return make() if recall is None or part.reader is None else recall(part.reader, make)
 
 
 def with_bias(parts: Sequence[Part], bias: Tensor | None) -> Sequence[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from svdquant_nodes.svdquant.core import linear, reference
 from svdquant_nodes.svdquant.kernels import select
 from svdquant_nodes.tests import layers
+from svdquant_nodes.tests.core import test_tail
 from svdquant_nodes.tests.kernels.emulated import COMPILER, EmulatedOps, library
 from svdquant_nodes.tests.tolerances import assert_close
 
@@ -28,6 +30,31 @@ def test_layer(spelling, arch, name, dtype):
         x = torch.nn.functional.gelu(x.float(), approximate="tanh").to(dtype)
     got = linear.linear(x, weights, EmulatedOps(arch, spelling))
     assert_close(got, linear.linear(x, weights, reference), "split_branch")
+
+
+FUSED = {
+    "mma_s4": (80, "gelu_s4", "bf16"),
+    "mma_sm75": (75, "gelu_sm75", "fp16"),
+    "mma_s8": (120, "gelu_s8", "bf16"),
+}
+
+
+@pytest.mark.parametrize(("spelling", "to"), FUSED.items(), ids=FUSED)
+def test_the_layers_of_a_single_block(spelling, to):
+    """Finished together, they differ from each by itself in the order of the hidden values' sum alone."""
+    arch, fused, dtype = to
+    card = EmulatedOps(arch, spelling)
+    ops = SimpleNamespace(
+        quantize_int4=card.quantize_int4,
+        quantize_int4_unsigned=card.quantize_int4_unsigned,
+        gemm_int4=card.gemm_int4,
+        gemm_int4_gelu=EmulatedOps(arch, fused).gemm_int4_gelu,
+    )
+    first, second = test_tail.pair(layers.DTYPES[dtype])
+    x = layers.random(2, 19, test_tail.K, seed=9, dtype=layers.DTYPES[dtype])
+    want = test_tail.apart(x, first, second, test_tail.attend, ops=ops)
+    got = test_tail.together(x, first, second, test_tail.attend, ops=ops)
+    assert_close(got, want, f"{dtype}_output")
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90, 120], ids="sm{}".format)
