@@ -85,6 +85,17 @@ def library(arch: int) -> ctypes.CDLL | str:
     return loaded
 
 
+def ready(arch: int, *, backwards: bool = False, sms: int = 4) -> ctypes.CDLL:
+    """The library with nothing left of the calls before: it knows of no tensor, and runs warps as said here."""
+    kernels = library(arch)
+    if isinstance(kernels, str):
+        raise KernelError(kernels)
+    kernels.forget()
+    kernels.run_backwards(backwards)
+    kernels.set_multiprocessors(sms)
+    return kernels
+
+
 def _flags(arch: int) -> list[str]:
     return [*FLAGS, f"-DSVDQUANT_ARCH={arch}", f"-I{CUDA}", f"-I{EMULATOR}"]
 
@@ -149,10 +160,11 @@ def _poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of one card, with warps in order or backwards."""
+    """The kernels of one card, with warps in order or backwards, and with so many SMs."""
 
     arch: int
     backwards: bool = False
+    sms: int = 4
 
     def quantize(
         self, kind: str, x: Tensor, smooth: Tensor, down: Tensor, *, shift: float = 0.0
@@ -279,15 +291,11 @@ class Kernels:
     def _call(
         self, name: str, *args: object, read: tuple[Tensor | None, ...], written: tuple[Tensor, ...]
     ) -> None:
-        kernels = library(self.arch)
-        if isinstance(kernels, str):
-            raise KernelError(kernels)
-        kernels.forget()
+        kernels = ready(self.arch, backwards=self.backwards, sms=self.sms)
         for tensors, writable in ((read, False), (written, True)):
             for t in tensors:
                 if t is not None and t.numel():
                     kernels.allow(ctypes.c_void_p(t.data_ptr()), ctypes.c_int64(_extent(t)), writable)
-        kernels.run_backwards(self.backwards)
         function = getattr(kernels, name)
         function.restype = ctypes.c_char_p
         problem = function(*(ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in args))

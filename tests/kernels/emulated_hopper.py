@@ -9,27 +9,25 @@ from torch import Tensor
 
 from svdquant_nodes.svdquant.core.weights import LinearWeights
 
-from .emulated import Kernels, library
+from .emulated import Kernels
 
 ARCH = 90
 
 
 @dataclass(frozen=True)
 class Hopper(Kernels):
-    """The kernels of a card with so many SMs: few blocks take many tiles each, many one.
+    """The kernels of a card: with few SMs a block takes many tiles, with many one.
 
     clusters  whether blocks share operands, where that is quicker
     """
 
     arch: int = ARCH
-    sms: int = 4
     clusters: bool = False
 
     def gemm_int4(
         self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object
     ) -> Tensor:
         """As core.reference.gemm_int4, signed or unsigned by the codes' dtype."""
-        library(self.arch).set_multiprocessors(self.sms)
         kind = "int4" if codes.dtype == torch.int8 else "int4-unsigned"
         return self.gemm(self._entry("hopper", 4), kind, codes, scales, hidden, weights, **to)
 
@@ -37,7 +35,6 @@ class Hopper(Kernels):
         self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object
     ) -> Tensor:
         """As core.reference.gemm_int8."""
-        library(self.arch).set_multiprocessors(self.sms)
         return super().gemm_int8(
             codes, scales, hidden, weights, entry=self._entry("gemm_int8_hopper", 2), **to
         )

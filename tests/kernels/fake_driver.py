@@ -13,7 +13,7 @@ from typing import Any
 
 from svdquant_nodes.svdquant.kernels import cubins, launches
 from svdquant_nodes.svdquant.kernels.driver import Card, Driver
-from svdquant_nodes.tests.kernels.emulated import library
+from svdquant_nodes.tests.kernels.emulated import ready
 
 STREAM, CONTEXT, MODULE = 0x5000, 0xC000, 0x3000
 WORDS = {1: b"invalid argument", 209: b"no kernel image is available for execution on the device"}
@@ -149,9 +149,7 @@ class Functions:
         return self._run(name, Grid(x, y, threads, shared, cluster), params[0])
 
     def _run(self, name: str, grid: Grid, params: int) -> int:
-        kernels = library(self.arch)
-        kernels.forget()  # which tensors another test's kernel was given: this one's are not known here
-        launch = kernels.launch
+        launch = ready(self.arch).launch
         launch.restype = ctypes.c_char_p
         problem = launch(name.encode(), ctypes.byref(grid), ctypes.c_void_p(params))
         WORDS[700] = problem

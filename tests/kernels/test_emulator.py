@@ -7,13 +7,13 @@ import ctypes
 import pytest
 import torch
 
-from svdquant_nodes.tests.kernels.emulated import COMPILER, library
+from svdquant_nodes.tests.kernels.emulated import COMPILER, ready
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
 
 
-def call(name, *args):
-    function = getattr(library(80), name)
+def call(name, *args, kernels=None):
+    function = getattr(kernels or ready(80), name)
     function.restype = ctypes.c_char_p
     pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in args]
     answer = function(*pointers)
@@ -221,12 +221,10 @@ MISTAKES = {
 
 def make_mistake(name, *, backwards):
     memory = torch.ones(80)
-    kernels = library(80)
-    kernels.forget()
+    kernels = ready(80, backwards=backwards)
     kernels.allow(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(64), False)
     kernels.allow(ctypes.c_void_p(memory[16:].data_ptr()), ctypes.c_int64(256), True)
-    kernels.run_backwards(backwards)
-    return call("make_mistake", name.encode(), memory[16:])
+    return call("make_mistake", name.encode(), memory[16:], kernels=kernels)
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["in-order", "backwards"])

@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from svdquant_nodes.tests.kernels.emulated import COMPILER, library
+from svdquant_nodes.tests.kernels.emulated import COMPILER, ready
 from svdquant_nodes.tests.kernels.emulated_hopper import ARCH
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
@@ -60,12 +60,10 @@ def run(name, *, backwards, blocks=1):
         for rows in (ROWS * blocks, COLUMNS)
     )
     out = torch.zeros(blocks, 128, COLUMNS // 2, dtype=torch.int32)
-    kernels = library(ARCH)
-    kernels.forget()
+    kernels = ready(ARCH, backwards=backwards)
     for tensor, writable in ((left, False), (right, False), (out, True)):
         size = ctypes.c_int64(tensor.numel() * tensor.element_size())
         kernels.allow(ctypes.c_void_p(tensor.data_ptr()), size, writable)
-    kernels.run_backwards(backwards)
     make = kernels.make_hopper_mistake if blocks == 1 else kernels.make_cluster_mistake
     make.restype = ctypes.c_char_p
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (left, right, out)]

@@ -13,7 +13,7 @@ import torch
 
 from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.tests import layers
-from svdquant_nodes.tests.kernels.emulated import COMPILER, library
+from svdquant_nodes.tests.kernels.emulated import COMPILER, ready
 from svdquant_nodes.tests.kernels.traffic import Counted, excess, report
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
@@ -190,10 +190,9 @@ def test_sectors(size, stride, sectors):
 
 def counted(function, size, stride):
     """What one request of a warp moves: lane i touches `size` bytes from word i * stride on."""
-    kernels, memory = library(80), torch.zeros(32 * 40, dtype=torch.int32)
+    kernels, memory = ready(80), torch.zeros(32 * 40, dtype=torch.int32)
     base = memory.data_ptr() // 32 * 32 + 32 - memory.data_ptr()  # a sector's beginning
     begin = memory[base // 4 :]
-    kernels.forget()
     kernels.allow(ctypes.c_void_p(begin.data_ptr()), ctypes.c_int64(begin.numel() * 4), False)
     kernels.count_traffic(True)
     getattr(kernels, function).restype = ctypes.c_char_p
