@@ -10,7 +10,7 @@ import torch
 
 from svdquant_nodes.svdquant.adapters import families
 from svdquant_nodes.svdquant.adapters.conventions import holds_shift, straighten, to_engine, unsign
-from svdquant_nodes.svdquant.adapters.families import flux, native, t5
+from svdquant_nodes.svdquant.adapters.families import chroma, flux, native, pixart_sigma, t5
 from svdquant_nodes.svdquant.adapters.family import (
     Names,
     Role,
@@ -149,6 +149,26 @@ def test_a_share_of_a_dense_linear_keeps_no_other_rows():
     source = Source(("qkv",), partial(rows_of_share, share=(1, 3)), (1, 3))
     mine = source.read({"qkv": fused})
     assert torch.equal(mine, fused[4:8]) and mine.untyped_storage().nbytes() == mine.nbytes
+
+
+FLUX_LAYERS = ["transformer_blocks.0.norm1_context.linear", "transformer_blocks.0.attn.to_out.0"]
+BESIDE = {  # layers whose names several families have, a 16-bit tensor beside them -> the family
+    "chroma-of-diffusers": (FLUX_LAYERS[1:], "distilled_guidance_layer.norms.0.weight", chroma.FAMILY),
+    "chroma-of-comfyui": (FLUX_LAYERS[1:], "distilled_guidance_layer.norms.0.scale", chroma.FAMILY),
+    "flux": (FLUX_LAYERS, "x_embedder.weight", flux.FAMILY),
+    "pixart": (["transformer_blocks.0.attn2.to_q"], "pos_embed.proj.weight", pixart_sigma.FAMILY),
+    "as-in-pixart": (["transformer_blocks.0.attn2.to_q"], "patchify_proj.weight", native.FAMILY),
+    "a-name-that-only-begins-so": (
+        ["transformer_blocks.0.attn2.to_q"],
+        "pos_embed.proj.weights",
+        native.FAMILY,
+    ),
+}
+
+
+@pytest.mark.parametrize(("layers", "plain", "family"), BESIDE.values(), ids=BESIDE)
+def test_layers_of_several_families_are_known_by_what_is_beside_them(layers, plain, family):
+    assert families.resolve(checkpoint(layers, ["proj_out.weight", plain])) is family
 
 
 def test_no_family():

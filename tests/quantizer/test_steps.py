@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from svdquant_nodes.svdquant.quantizer.moments import CHUNK, cholesky, measure
 from svdquant_nodes.svdquant.quantizer.refit import balanced, correct_bias, refit_branch, refit_up
 from svdquant_nodes.svdquant.quantizer.rounding import nearest, scales_absmax
 from svdquant_nodes.svdquant.quantizer.task import outputs, relative_error, round_inputs, squared_error, start
+from svdquant_nodes.tests import layers
 from svdquant_nodes.tests.quantizer.layer import make_task
 from svdquant_nodes.tests.tolerances import assert_close
 
@@ -112,6 +114,23 @@ class TestRefit:
         again = refit_up(fit, measure(fit))
         assert torch.equal(again.down, fit.down)
         assert relative_error(again) < relative_error(fit)
+
+    def test_second_factor_is_the_answer_with_a_damping_of_1e_4(self):
+        """In float64, of rows so alike that the damping shows."""
+        task = make_task(n=24, k=64)
+        fit, spread = start(task), torch.zeros(64)
+        spread[::2] = 0.4
+        down = torch.stack([torch.ones(64), 3 + spread])
+        fit = replace(fit, down=down, values=layers.random(24, 64, seed=3, scale=0.1))
+        xx = torch.diag(torch.linspace(0.5, 2, 64))
+        found = replace(measure(fit), xx=xx, xq=xx + layers.random(64, 64, seed=4, scale=0.05))
+        f, w, v, x, q = (t.double().numpy() for t in (down, fit.weight, fit.values, found.xx, found.xq))
+        inner = f @ x @ f.T
+        damped = inner + 1e-4 * np.trace(inner) / 2 * np.eye(2)
+        wanted = np.linalg.solve(damped, f @ (x @ w.T - q @ v.T)).T
+        up = refit_up(fit, found).up
+        assert_close(up, wanted, "bf16_output")
+        assert torch.equal(up, up.bfloat16().float())
 
     def test_a_first_factor_with_equal_rows_can_be_refitted(self):
         """Two ranks that say the same leave the second factor undetermined."""

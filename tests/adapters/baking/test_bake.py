@@ -9,6 +9,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from safetensors.torch import load_file
 
 from svdquant_nodes.loaders import natural
 from svdquant_nodes.loaders.detect import open_checkpoint
-from svdquant_nodes.svdquant.adapters.baking import bake
+from svdquant_nodes.svdquant.adapters.baking import bake, tensors
 from svdquant_nodes.svdquant.core import tiles
+from svdquant_nodes.svdquant.core.weights import AWQ, INT4
 from svdquant_nodes.tests import golden
 from svdquant_nodes.tests.adapters.baking.toy import GOLDEN, D, S, one_layer, product, run
 from svdquant_nodes.tests.loaders import made
@@ -64,12 +66,12 @@ def test_a_layer_without_a_branch_gets_one(folder, tmp_path, v2):
     """Under the names that its file's other layers have."""
     out, _ = run(folder, tmp_path, ("lora1", 0.8))
     names = {"lora_down": "proj_down", "lora_up": "proj_up"} if v2 else {}
-    tensors = load_file(folder / "base.safetensors")
-    name = next(n for n in out if n.endswith(".lora_down") and not made.same(out[n], tensors[n]))
+    stored = load_file(folder / "base.safetensors")
+    name = next(n for n in out if n.endswith(".lora_down") and not made.same(out[n], stored[n]))
     layer = name.removesuffix(".lora_down")
     for end in ("lora_down", "lora_up"):
-        del tensors[f"{layer}.{end}"]
-    bare = made.save(tmp_path / "bare.safetensors", made.as_v2(tensors) if v2 else tensors)
+        del stored[f"{layer}.{end}"]
+    bare = made.save(tmp_path / "bare.safetensors", made.as_v2(stored) if v2 else stored)
     found = load_file(
         bake.bake(bare, [(folder / "lora1.safetensors", 0.8)], tmp_path / "b.safetensors").target
     )
@@ -78,6 +80,56 @@ def test_a_layer_without_a_branch_gets_one(folder, tmp_path, v2):
     assert_close(
         got, product(out, layer) - product(load_file(folder / "base.safetensors"), layer), "two_bf16_factors"
     )
+
+
+def test_v2_names_want_one_rank_for_all_branches_and_none_beside_modulation(folder, tmp_path):
+    before = made.as_v2(load_file(folder / "base.safetensors"))
+    widest, other = f"{D}.qkv_proj_context", f"{D}.mlp_context_fc1"  # the LoRA is about neither
+    for end in ("down", "up"):
+        before[f"{widest}.proj_{end}"] = before[f"{widest}.proj_{end}"].repeat(1, 3)
+    base = made.save(tmp_path / "v2.safetensors", before)
+    out = load_file(bake.bake(base, [(folder / "lora1.safetensors", 0.8)], tmp_path / "b.safetensors").target)
+    assert set(out) == set(before)
+    assert {t.shape[1] for name, t in out.items() if name.endswith(("proj_down", "proj_up"))} == {48}
+    down = tiles.untile_down(out[f"{other}.proj_down"])
+    assert torch.equal(down[:16], tiles.untile_down(before[f"{other}.proj_down"]))
+    assert not bool(down[16:].any())
+
+
+BIASES = {  # what a LoRA calls a layer -> the rows of its bias that each stored linear takes, and where
+    f"{S}.attn.to_k": {f"{S}.qkv_proj": (0, 128, 128)},
+    f"{S}.proj_mlp": {f"{S}.mlp_fc1": (0, 256, 0)},
+    "diffusion_model.single_blocks.0.linear1": {
+        f"{S}.qkv_proj": (0, 384, 0),
+        f"{S}.mlp_fc1": (384, 640, 0),
+    },
+    f"{S}.proj_out": {f"{S}.out_proj": (0, 128, 0)},  # of two biases that are summed
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"), BIASES.items(), ids=["of-fused", "behind-fused", "of-two", "summed"]
+)
+def test_a_bias_goes_where_its_rows_are_and_nowhere_else(folder, tmp_path, name, taken):
+    difference = torch.linspace(1, 2, max(end for _, end, _ in taken.values())).bfloat16()
+    out, _ = run(folder, tmp_path, (one_layer(folder, "bias", {f"{name}.diff_b": difference}), 1.0))
+    before = load_file(folder / "base.safetensors")
+    assert {n for n in out if not made.same(out[n], before[n])} == {f"{layer}.bias" for layer in taken}
+    for layer, (begin, end, at) in taken.items():
+        want = tiles.untile_vector(before[f"{layer}.bias"]).clone()
+        want[at : at + end - begin] += difference[begin:end]
+        assert torch.equal(tiles.untile_vector(out[f"{layer}.bias"]), want)
+
+
+def test_a_layer_of_which_a_lora_changes_nothing_gets_no_rank(folder, tmp_path):
+    """A LoRA for q, k, v and MLP at once, trained on q, k and v alone."""
+    up = torch.cat([torch.ones(384, 4), torch.zeros(256, 4)])
+    pair = {"lora_up.weight": up, "lora_down.weight": torch.ones(4, 128)}
+    name = one_layer(
+        folder, "qkv", {f"diffusion_model.single_blocks.0.linear1.{n}": t for n, t in pair.items()}
+    )
+    out, baked = run(folder, tmp_path, (name, 1.0))
+    assert baked.layers == 1 and out[f"{S}.mlp_fc1.lora_up"].shape == (256, 16)
 
 
 def test_nothing_else_changes(folder, tmp_path):
@@ -120,6 +172,16 @@ def test_metadata_states_the_rank_and_what_was_baked(folder, tmp_path):
     assert checkpoint.metadata["baked_loras"] == "lora0.safetensors:1"
 
 
+def test_the_rank_stated_is_that_of_most_branches():
+    """Modulation layers have none, and are more than the others here."""
+    int4, awq = SimpleNamespace(spec=INT4, rank=16), SimpleNamespace(spec=AWQ, rank=0)
+    info = {"qkv": int4, "fc1": int4, "fc2": int4, **{f"norm{i}": awq for i in range(4)}}
+    checkpoint = SimpleNamespace(info=info, metadata={"quantization_config": '{"rank": 16}'})
+    grown = {"fc1": ([], 32), "fc2": ([], 32)}
+    said = tensors.metadata(checkpoint, grown, [(Path("a.safetensors"), 0.5)])
+    assert said == {"quantization_config": '{"rank": 32}', "baked_loras": "a.safetensors:0.5"}
+
+
 def test_baking_twice_is_baking_both(folder, tmp_path):
     both, _ = run(folder, tmp_path, ("lora1", 1.0), ("lora2", 1.0))
     first = bake.bake(
@@ -127,6 +189,8 @@ def test_baking_twice_is_baking_both(folder, tmp_path):
     )
     second = bake.bake(first.target, [(folder / "lora2.safetensors", 1.0)], tmp_path / "2.safetensors")
     again = load_file(second.target)
+    said = open_checkpoint(second.target).metadata["baked_loras"]
+    assert said == "lora1.safetensors:1, lora2.safetensors:1"
     for name in (f"{D}.qkv_proj", f"{S}.out_proj"):
         products = [product(t, name) for t in (both, again)]
         assert torch.equal(*products)
