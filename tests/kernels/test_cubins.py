@@ -138,6 +138,28 @@ def test_key_follows_sources_card_and_compiler(machine, monkeypatch):
     assert len(keys) == 5
 
 
+def test_other_kernels_are_another_archive(machine, monkeypatch):
+    """One that a header has already, or only another instance of it."""
+    nvrtc = placed(machine / PLACES["beside-torch"])
+    before, there = cubins.key(ADA, nvrtc), cubins.units(ADA.number)
+    monkeypatch.setattr(cubins, "units", lambda arch: there[:-1])
+    assert cubins.key(ADA, nvrtc) != before
+
+
+ARCHS = {
+    (7, 5): "75",
+    (8, 9): "89",
+    (9, 0): "90a",
+    (12, 0): "120a",
+}  # wgmma and block scales are of "a" alone
+
+
+@pytest.mark.parametrize(("capability", "arch"), ARCHS.items(), ids=ARCHS.values())
+def test_a_card_as_the_compiler_calls_it(capability, arch):
+    target = cubins.Target(capability)
+    assert target.arch == arch and target.number == int(arch.rstrip("a"))
+
+
 def test_headers_are_all_that_a_unit_includes():
     there = cubins.headers()
     for unit in (*cubins.units(90), *cubins.units(120)):
