@@ -121,25 +121,22 @@ void interleave(const void* from, int64_t stride, void* to) {
 // for all tokens. With its zero a weight is never smaller than an activation is negative. A lane's sums may pass 16
 // bits and come back: what is left of a group's 64 columns in the end, at most 64 * 8 * 15, does not.
 
-constexpr int64_t kColumns = 384;  // a chunk, of which 32 rows fit the first-level cache
+constexpr int64_t kChunk = 6;  // blocks, of which 32 rows fit the first-level cache
 
-// Groups first .. last, and the sums of their w0 w1 in the lanes in which `multiply_rows` has its own.
+// Sums of a chunk's w0 w1 in the lanes in which `multiply_rows` has its own, by group.
 template <int kSteps>
-struct Chunk {
-  int64_t first, last;
-  __m256i neighbours[kColumns / 4 / kSteps][2];
-};
+using Neighbours = __m256i[kChunk * kBlock / 4 / kSteps][2];
 
 template <int kSteps>
-void sum_neighbours(const uint8_t* panel, Chunk<kSteps>& chunk) {
-  for (int64_t g = chunk.first; g < chunk.last; ++g) {
+void sum_neighbours(const uint8_t* panel, int64_t count, Neighbours<kSteps>& neighbours) {
+  for (int64_t g = 0; g < count; ++g) {
     for (int j = 0; j < 2; ++j) {
       const uint8_t* from = panel + g * kSteps * 128 + 32 * j;
       __m256i sum = _mm256_setzero_si256();
       for (int s = 0; s < kSteps; ++s, from += 128) {
         sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(load_bytes(from), load_bytes(from + 64)));
       }
-      chunk.neighbours[g - chunk.first][j] = sum;
+      neighbours[g][j] = sum;
     }
   }
 }
@@ -170,17 +167,17 @@ SVDQUANT_INLINE void finish(__m256i sums, const float* weight_scales, __m256 sca
 }
 
 template <int kRows, int kSteps>
-void multiply_rows(const Tile& tile, int64_t row, const Chunk<kSteps>& chunk) {
+void multiply_rows(const Tile& tile, int64_t row, const Neighbours<kSteps>& neighbours) {
   const Tile t = tile;  // which stores through `out` cannot change
   const int64_t k = t.groups * kSteps * 4;
   const bool fetching = t.next && row < 2 * kSteps;  // by then all is there
-  for (int64_t g = chunk.first; g < chunk.last; ++g) {
+  for (int64_t g = 0; g < t.count; ++g) {
     const int64_t at = row * t.groups + g;
-    if (fetching) fetch(t.next + (row / 2 * t.groups + 2 * g) * 64, 2);
+    if (fetching) fetch(t.next + (row / 2 * t.count + 2 * g) * 64, 2);
     __m256i sums[kRows][2];
     for (int m = 0; m < kRows; ++m) {
       const __m256i start = _mm256_set1_epi16(static_cast<int16_t>(t.starts[at + m * t.groups]));
-      for (int j = 0; j < 2; ++j) sums[m][j] = _mm256_sub_epi16(start, chunk.neighbours[g - chunk.first][j]);
+      for (int j = 0; j < 2; ++j) sums[m][j] = _mm256_sub_epi16(start, neighbours[g][j]);
     }
     SVDQUANT_UNROLL(16)
     for (int s = 0; s < kSteps; ++s) step(t.panel + (g * kSteps + s) * 128, t.acts + (at * kSteps + s) * 4, k, sums);
@@ -196,18 +193,14 @@ void multiply_rows(const Tile& tile, int64_t row, const Chunk<kSteps>& chunk) {
 
 template <int kSteps>
 void multiply_steps(const Tile& t) {
-  constexpr int64_t kGroups = kColumns / 4 / kSteps;
-  Chunk<kSteps> chunk;
-  for (chunk.first = 0; chunk.first < t.groups; chunk.first = chunk.last) {
-    chunk.last = chunk.first + kGroups < t.groups ? chunk.first + kGroups : t.groups;
-    sum_neighbours(t.panel, chunk);
-    int64_t row = 0;
-    for (; row + 4 <= t.rows; row += 4) multiply_rows<4>(t, row, chunk);
-    switch (t.rows - row) {
-      case 3: multiply_rows<3>(t, row, chunk); break;
-      case 2: multiply_rows<2>(t, row, chunk); break;
-      case 1: multiply_rows<1>(t, row, chunk); break;
-    }
+  Neighbours<kSteps> neighbours;
+  sum_neighbours<kSteps>(t.panel, t.count, neighbours);
+  int64_t row = 0;
+  for (; row + 4 <= t.rows; row += 4) multiply_rows<4, kSteps>(t, row, neighbours);
+  switch (t.rows - row) {
+    case 3: return multiply_rows<3, kSteps>(t, row, neighbours);
+    case 2: return multiply_rows<2, kSteps>(t, row, neighbours);
+    case 1: return multiply_rows<1, kSteps>(t, row, neighbours);
   }
 }
 
@@ -245,6 +238,7 @@ SVDQUANT_TARGET_END
 
 void svdquant::cpu::add_avx2_gemm(Spelling& s) {
   s.panels = 2;
+  s.chunk = kChunk;
   s.arrange = arrange;
   s.unpack = unpack;
   s.interleave = interleave;

@@ -110,6 +110,7 @@ const svdquant::cpu::Spelling* svdquant::cpu::avx512() {
     s.name = "avx512";
     s.supported = has_avx512;
     s.panels = 1;
+    s.chunk = 0;
     s.arrange = arrange;
     s.unpack = unpack;
     s.multiply = multiply;

@@ -1,7 +1,8 @@
 // The W4A4 product. Loops, outermost first:
 //
 //     256 tokens        a strip: their codes stay in the second- or third-level cache
-//       16 rows         a panel of weights (AVX2: 32), unpacked once from nibbles, in the second-level cache
+//       16 rows         a panel of weights, unpacked once from nibbles, in the second-level cache (AVX2: 32 rows, in
+//                       chunks that stay in the first-level cache)
 //         all tokens    Spelling::multiply, which takes as many at once as it has registers for
 //
 // Threads take (strip, panel) pairs as they get through with them. Every output is one thread's, summed in fp32 in one
@@ -88,8 +89,9 @@ class Panel {
         table_(table),
         columns_(s, shape.groups > g.r ? shape.groups : g.r),
         width_(width_of(s)),
+        chunk_(s.chunk && s.chunk < shape.blocks ? s.chunk : shape.blocks),
         filled_(shape.blocks * kBlock / 2 * width_),
-        bytes_(shape.blocks * kBlock * width_),
+        bytes_(chunk_ * kBlock * width_),
         scales_((shape.groups + 7) * width_),
         up_((g.r + 7) * width_),
         bias_(width_) {}
@@ -100,7 +102,7 @@ class Panel {
   void load(int64_t first_row, int64_t tokens) const {
     fetching_ = tokens >= kFetching;
     next_ = g_.weight_codes + (first_row + width_) * g_.k / 2;
-    load_codes(first_row, g_.n - first_row < width_ ? g_.n - first_row : width_);
+    find_codes(first_row, g_.n - first_row < width_ ? g_.n - first_row : width_);
     for (int64_t at = 0; at < width_; at += kPanel) load_beside(first_row + at, at);
   }
 
@@ -111,25 +113,38 @@ class Panel {
     }
     Tile tile = acts.tile(shape_, first, rows);
     tile.panel = bytes_ + 0;
-    tile.weight_scales = scales_ + 0;
     tile.out = out;
     tile.out_stride = stride;
-    tile.next = fetching_ ? next_ : nullptr;
-    s_.multiply(tile, table_.group);
+    for (int64_t block = 0; block < shape_.blocks; block += chunk_) multiply(tile, block);
   }
 
  private:
-  void load_codes(int64_t first_row, int64_t rows) const {
-    const uint8_t* from = g_.weight_codes + first_row * g_.k / 2;
-    if (rows == width_ && g_.k % kBlock == 0) {
-      return s_.unpack(from, g_.k / 2, shape_.blocks, table_, bytes_ + 0, fetching_ ? nullptr : next_);
-    }
+  // A chunk for all tokens, of which `tile` has the first group.
+  void multiply(Tile tile, int64_t block) const {
+    const int64_t blocks = shape_.blocks - block < chunk_ ? shape_.blocks - block : chunk_;
+    const int64_t stride = shape_.blocks * kBlock / 2, per_block = kBlock / table_.group, group = block * per_block;
+    const uint8_t* next = next_ + block * kBlock / 2 * width_;
+    s_.unpack(codes_ + block * kBlock / 2, stride, blocks, table_, bytes_ + 0, fetching_ ? nullptr : next);
+    tile.count = blocks * per_block;
+    tile.acts += block * kBlock;
+    tile.starts += group;
+    tile.scales += group;
+    tile.weight_scales = scales_ + group * kPanel;
+    tile.next = fetching_ ? next : nullptr;
+    s_.multiply(tile, table_.group);
+  }
+
+  // Where the rows' nibbles are: in place, or filled up with zeros.
+  void find_codes(int64_t first_row, int64_t rows) const {
+    codes_ = g_.weight_codes + first_row * g_.k / 2;
+    if (rows == width_ && g_.k % kBlock == 0) return;
+    const uint8_t* from = codes_;
     const int64_t stride = shape_.blocks * kBlock / 2;
     std::memset(filled_ + 0, 0, static_cast<size_t>(stride * width_));
     for (int64_t i = 0; i < rows; ++i) {
       std::memcpy(filled_ + i * stride, from + i * g_.k / 2, static_cast<size_t>(g_.k / 2));
     }
-    s_.unpack(filled_ + 0, stride, shape_.blocks, table_, bytes_ + 0, fetching_ ? nullptr : next_);
+    codes_ = filled_ + 0;
   }
 
   // What stands beside the codes of 16 rows, the panel's `at`th and following.
@@ -155,10 +170,10 @@ class Panel {
   const Spelling& s_;
   const CodeTable& table_;
   const Columns columns_;
-  const int64_t width_;
+  const int64_t width_, chunk_;
   const Scratch<uint8_t> filled_, bytes_;
   const Scratch<float> scales_, up_, bias_;
-  mutable const uint8_t* next_ = nullptr;
+  mutable const uint8_t *codes_ = nullptr, *next_ = nullptr;
   mutable bool fetching_ = false;
 };
 

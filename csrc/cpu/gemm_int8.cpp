@@ -60,7 +60,7 @@ class Panel8 {
   // out = bias + branch + 8-bit product, for tokens first .. first + rows.
   void run(const Activations8& acts, int64_t first, int64_t rows, float* out, int64_t stride) const {
     s_.branch(g_.hidden + first * g_.r, rows, g_.r, up_ + 0, bias_, out, stride);
-    Tile tile = {rows, 1, bytes_ + 0, scales_};
+    Tile tile = {rows, 1, 1, bytes_ + 0, scales_};
     tile.acts = acts.codes + first * k_;
     tile.starts = acts.starts + first;
     tile.scales = acts.scales + first;

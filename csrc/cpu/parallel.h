@@ -20,8 +20,8 @@ void for_ranges(const Launch& launch, int64_t count, int64_t grain, const F& f) 
       count, grain, [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, &f);
 }
 
-// A range's next piece for whichever thread asks: cores that are slower, or that others use too, get less to do. A piece
-// is a part of what is left, so that the last ones, for which all others wait, are small.
+// A range's next piece for whichever thread asks: cores that are slower, or that others use too, get less to do. Pieces
+// are parts of what is left, so that the last ones, for which all others wait, are small.
 class Pieces {
  public:
   Pieces(std::atomic<int64_t>& taken, int64_t count, int64_t grain, int64_t parts)
@@ -41,8 +41,8 @@ class Pieces {
   const int64_t count_, grain_, parts_;
 };
 
-// Calls f(pieces) in every thread that has a part in 0..count, with pieces of half of a fair share of what is left, none
-// below `grain`.
+// Calls f(pieces) in every thread that has a part in 0..count, with pieces of half of a fair share of what is left,
+// none below `grain`.
 template <class F>
 void for_pieces(const Launch& launch, int64_t count, int64_t grain, const F& f) {
   std::atomic<int64_t> taken{0};

@@ -167,7 +167,7 @@ void dot_awq(const uint8_t* codes, int64_t blocks, int64_t per_group, const floa
 
 const Spelling* portable() {
   static const Spelling spelling = {
-      "portable", supported, 1, widen, narrow, smooth, codes_int, codes_e2m1, project, arrange, unpack, interleave,
+      "portable", supported, 1, 0, widen, narrow, smooth, codes_int, codes_e2m1, project, arrange, unpack, interleave,
       multiply, multiply, nullptr, nullptr, branch, order_awq, dot_awq};
   return &spelling;
 }

@@ -33,9 +33,11 @@ struct CodeTable {
   const int8_t* activation;  // 16 values, or nullptr where codes are their own values
 };
 
-// One panel times some tokens: out[m][0..15] += sum over groups of (int sum) * weight_scale * token_scale.
+// One panel times some tokens: out[m][0..15] += sum over groups of (int sum) * weight_scale * token_scale. Where a
+// panel comes in chunks, all that belongs to groups begins at the chunk's first.
 struct Tile {
-  int64_t rows, groups;
+  int64_t rows, groups;        // of all of K: numbers of a token lie as far apart
+  int64_t count;               // groups to multiply
   const uint8_t* panel;        // [K/4][16][4], or as `unpack` has it
   const float* weight_scales;  // [panels][groups][16]
   const int8_t* acts;          // [rows][K]        arranged
@@ -52,6 +54,8 @@ struct Spelling {
 
   // How many panels `unpack` and `multiply` take side by side; their 4-bit codes may then lie in an order of their own.
   int64_t panels;
+  // Blocks of a panel that are unpacked, and multiplied with all tokens, before the next ones; 0 for all.
+  int64_t chunk;
 
   // Any float to fp32.
   void (*widen)(const void* from, DType dtype, float* to, int64_t count);

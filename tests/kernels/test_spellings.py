@@ -24,6 +24,7 @@ SHAPES = {  # M, N, K, R
     "m=17-tile-and-one": (17, 48, 128, 16),
     "m=64-whole-tiles": (64, 32, 128, 16),
     "m=259-strip-and-three": (259, 16, 64, 0),
+    "k=832-two-chunks-and-a-block": (37, 80, 832, 8),
     "k=64-one-group": (5, 32, 64, 16),
     "k=3072-flux-width": (2, 48, 3072, 32),
     "n=1-one-output": (4, 1, 128, 16),
