@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
 # Everything to be done with a GPU, in one command of at most nine minutes: build, tests, checkers, figures.
 #
-#   benchmarks/gpu.sh            results in out/, or in $OUT: summary.txt, log.txt, gpu.md, gpu.json, clocks.csv
+#   benchmarks/gpu.sh [STEP...]  results in out/, or in $OUT: summary.txt, log.txt, gpu.md, gpu.json, clocks.csv
 #   benchmarks/gpu.sh --dry      the same steps without a GPU, on tiny shapes: tries the scripts
 #
+# All steps if none is named; those that there was no time for can be named in a second command.
 # A step that fails is reported and does not stop the next; the exit status says whether all passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-out}
 python=${PYTHON:-python3}
-dry=${1:-}
+dry=
+[ "${1:-}" != --dry ] || { dry=$1; shift; }
+steps="tests figures nvrtc memcheck racecheck quantizing"
+only="$*"
+for name in $only; do
+    [[ " $steps " == *" $name "* ]] || { echo "no step is called $name: $steps"; exit 2; }
+done
 limit=530 # seconds in all
-calls="chosen or table or (any_number_of_tokens and bf16) or cuda_graph or another_stream or compiles"
+calls="chosen or table or (any_number_of_tokens and bf16) or cuda_graph or another_stream or a_thread or compiles"
 sizes="any_number_of_tokens and (17 or 129) and bf16" # the kernels for few tokens and for many
 mkdir -p "$out"
 failed=0
@@ -21,6 +28,7 @@ say() { echo "$*" | tee -a "$out/summary.txt"; }
 step() { # name, most seconds, command...: also ends when the time of all is over
     local name=$1 seconds=$2
     shift 2
+    [ -z "$only" ] || [ "$name" = build ] || [[ " $only " == *" $name "* ]] || return
     local left=$((limit - SECONDS)) begin=$SECONDS
     [ "$left" -ge 10 ] || { say "$name: left out, no time"; return; }
     echo "== $name"
@@ -46,7 +54,7 @@ if [ -z "$dry" ]; then
 fi
 
 # The first call builds the library for this card and runs the self-test, whose faults are logged.
-step "build and self-test" 180 "$python" -c '
+step build 240 "$python" -c '
 import logging, sys, time
 sys.path.insert(0, "tools")
 import pack; pack.alias()
@@ -59,11 +67,11 @@ grep "SVDQuant: " "$out/log.txt" | tee -a "$out/summary.txt"
 # A worker that loses its card ends, and the others go on.
 workers=$("$python" -c 'import xdist; print("-n 8 --max-worker-restart 50")' 2>/dev/null)
 # shellcheck disable=SC2086  # several words, or none
-[ -n "$dry" ] || step tests 120 "$python" -m pytest -q --tb=short --continue-on-collection-errors $workers -m gpu tests/kernels
+[ -n "$dry" ] || step tests 150 "$python" -m pytest -q --tb=short --continue-on-collection-errors $workers -m gpu tests/kernels
 left=$((limit - SECONDS))
 step figures 250 "$python" benchmarks/gpu.py ${dry:+--dry} --seconds $((left < 240 ? left - 50 : 190)) --json "$out/gpu.json" --markdown "$out/gpu.md"
 if [ -z "$dry" ]; then
-    SVDQUANT_BUILD=nvrtc step "tests, kernels by NVRTC" 100 "$python" -m pytest -q --tb=short -m gpu \
+    SVDQUANT_BUILD=nvrtc step nvrtc 100 "$python" -m pytest -q --tb=short -m gpu \
         tests/kernels/test_gpu.py -k "$calls"
     if command -v compute-sanitizer >/dev/null; then
         # without torch's allocator, which hands out pieces of blocks that are larger than what is asked for

@@ -30,9 +30,17 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }
 
+// Makes the current device's context the thread's own, as launches do but the driver's functions do not: a thread whose
+// first work on a GPU this is has none.
+inline void bind_context() {
+  int device = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaSetDevice(device);
+}
+
 inline const char* encode_map(const MatrixMap& m, TensorMap& to) {
   static const auto encode = tensor_map_encoder();
   if (!encode) return "the driver has no cuTensorMapEncodeTiled; version 525 or later is needed";
+  bind_context();
   const bool bytes = m.element_bytes == 1;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(m.row_bytes)};

@@ -119,6 +119,7 @@ class Functions:
         sizes, strides, box, steps, interleave, swizzle, promotion, fill = rest
         at, element = ctypes.cast(to, ctypes.c_void_p).value, {0: 1, 7: 4}[kind]
         inner = box[0] * element
+        assert self._contexts
         conditions = (
             at % 128 == 0,
             rank == len(sizes) == len(box) == len(steps) == len(strides) + 1,

@@ -6,6 +6,8 @@ What each op computes is judged for every spelling in test_spellings.py; here it
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from svdquant_nodes.svdquant.core.linear import Branch, Part
 from svdquant_nodes.svdquant.core.sharing import Input, Reader, Slot
 from svdquant_nodes.svdquant.kernels import ops, select, selftest, trial
 from svdquant_nodes.tests import layers
-from svdquant_nodes.tests.kernels import test_ops
+from svdquant_nodes.tests.kernels import test_ops, test_spellings
 from svdquant_nodes.tests.tolerances import assert_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu_kernels")]
@@ -165,6 +167,22 @@ def test_on_another_stream(name):
         y = forward(late, part, bias)
     side.synchronize()
     assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("name", [name for name in layers.COMPUTED if name != "awq"])
+def test_a_product_is_the_first_that_a_thread_does_on_a_gpu(name):
+    """It has no context of the driver's then, which the maps of Hopper's copy engine are made in."""
+    w, x = on_gpu(layers.random_linear(name, 200, 256, 32)), tokens(name, 200).cuda()
+    quantized, op = test_spellings.quantize(ops, x, w), f"gemm_{w.spec.format}"
+    here = ops.device("cuda")
+    for row in select.to_try(here):
+        if op not in row.ops or row.name in here.distrusted:
+            continue
+        product = partial(getattr(ops.OpSet(row.name), op), *quantized, w)
+        want, out = product(), torch.empty(200, 200, device="cuda")
+        with ThreadPoolExecutor(1) as fresh:
+            fresh.submit(product, out=out).result()
+        assert torch.equal(out, want)
 
 
 @pytest.mark.parametrize("name", layers.COMPUTED)
