@@ -18,8 +18,11 @@ namespace svdquant::cuda {
 constexpr int kTileRows = 128, kStepBytes = 128;
 constexpr int kGroups = 2;                       // warpgroups that multiply
 constexpr int kBlockThreads = 128 * (1 + kGroups);  // the first one brings operands
+// Of a thread: at the start what a block alone on an SM gets, in eights; later what warpgroups hand on to each other. One
+// that asks for more than there is waits for ever.
+constexpr int kStartRegisters = 65536 / kBlockThreads / 8 * 8;
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
-static_assert(128 * (kProducerRegisters + kGroups * kConsumerRegisters) <= 65536, "registers of an SM");
+static_assert(kProducerRegisters + kGroups * kConsumerRegisters <= (1 + kGroups) * kStartRegisters, "registers");
 
 constexpr int kRanksAtOnce = 32;                          // of the branch
 constexpr int kStoreRows = 8, kStoreRowBytes = 128 + 16;  // what a warp stores at once; 16 more keep banks apart

@@ -158,6 +158,29 @@ def test_hopper_is_used(source):
 
 
 @pytest.mark.parametrize("source", [name for name in INSTRUCTIONS if name.startswith("hopper")])
+def test_registers_that_warps_hand_on(source):
+    """A block begins with what its warpgroups share out later, or those that ask for more wait for ever; and none
+    touches a register that it has given back."""
+    made = compiled(source, *HOPPER)
+    if made.sass is None:
+        pytest.skip("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
+    share = r"USETMAXREG\.\S+ (?:UP\d, )?(0x[0-9a-f]+) (.*?)(?=USETMAXREG|\Z)"
+    found = {name: re.findall(share, code, re.DOTALL) for name, code in kernels(made.sass)}
+    assert any(found.values())
+    for name, parts in found.items():
+        counts = [int(count, 16) for count, _ in parts]
+        at_start = re.search(rf"Function properties for {name}\n.*\n.*Used (\d+) registers", made.ptxas)[1]
+        assert not counts or min(counts) + 2 * max(counts) <= 3 * int(at_start)  # one gives, two take
+        for count, (_, code) in zip(counts, parts, strict=True):
+            assert max(map(int, re.findall(r"\bR(\d+)\b", code))) < count
+
+
+def kernels(sass: str) -> list[tuple[str, str]]:
+    """Name and code of each."""
+    return re.findall(r"\.section\s+\.text\.(\w+),(.*?)(?=\n\s*\.section|\Z)", sass, re.DOTALL)
+
+
+@pytest.mark.parametrize("source", [name for name in INSTRUCTIONS if name.startswith("hopper")])
 def test_no_thread_waits_for_the_memory_of_the_card(source):
     """But when blocks of a cluster meet, before the first tile and after the last: not once a step."""
     sass = compiled(source, *HOPPER).sass
