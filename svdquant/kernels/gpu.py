@@ -30,7 +30,7 @@ from .settings import settings
 
 log = logging.getLogger("svdquant-nodes")
 
-TRIAL_SECONDS = 180  # a trial takes ten; a kernel that hangs stops itself after twenty
+TRIAL_SECONDS = 90  # a trial takes ten; a kernel that waits in vain stops itself after twenty
 HERE = Path(__file__).resolve().parent
 PACK = HERE.parents[1]
 # The pack under a name of its own: in the host it is called as its folder is.

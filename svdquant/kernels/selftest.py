@@ -51,6 +51,9 @@ CASES = (
     Case(NVFP4, 130, 2052, 208, 16, torch.float16),
     Case(INT4, 19, 72, 192, 24, torch.bfloat16, eight_bits=True),
     Case(INT4_UNSIGNED, 130, 2052, 320, 40, torch.float16, eight_bits=True),
+    # more tiles than a large card has processors, which take several each
+    Case(INT4, 1030, 2304, 192, 8, torch.bfloat16),
+    Case(INT4, 520, 9216, 192, 8, torch.bfloat16, eight_bits=True),
     Case(INT4, 19, 128, 192, 24, torch.bfloat16, gelu=True),
     Case(INT4, 130, 2112, 64, 40, torch.float16, gelu=True),
     Case(AWQ, 1, 70, 1088, 0, torch.bfloat16),

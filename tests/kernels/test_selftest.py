@@ -108,7 +108,7 @@ def test_a_wrong_op_is_named(op, spoil, text):
 def test_the_reference_passes_in_little_time():
     start = time.process_time()
     assert selftest.problem(reference, CPU, select.OPS) is None
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - start < 3.0
 
 
 def test_only_what_a_device_runs_is_checked():

@@ -83,7 +83,7 @@ def test_a_hang_ends_with_what_was_said_before(monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout, output=b'noise\n{"trying": "wgmma_sm90"}\n{"tr')
 
     monkeypatch.setattr(subprocess, "run", hang)
-    assert gpu._run_trial(0, ()) == ([{"trying": "wgmma_sm90"}], "it did not end within 180 s")
+    assert gpu._run_trial(0, ()) == ([{"trying": "wgmma_sm90"}], "it did not end within 90 s")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the trial would find nothing wrong")
