@@ -29,7 +29,7 @@ class OfDense:
         return (self._function(bias.float() + self._more) - self._more).to(bias.dtype)
 
     def __getattr__(self, name: str):
-        if name.startswith("_"):
+        if name in ("_layer", "_function", "_more"):  # asked for before they are there, while this is copied
             raise AttributeError(name)
         return getattr(self._function, name)
 

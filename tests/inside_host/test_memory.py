@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import weakref
 
@@ -71,6 +72,24 @@ def test_a_merge_of_streamed_layers(twins, as_loaded, most):
     assert_close(sample(merged), expected, "host_dense_branch")
     merged.detach()
     twins.dense.detach()
+
+
+def test_dynamic_vram_is_given_a_merge_of_the_dense_bias(twins):
+    """It calls the host's own object, of which it asks more than a call."""
+    layer = twins.quantized.model.diffusion_model.double_blocks[0].img_mlp[2]
+    halved = (0.5, ("diff", (torch.zeros_like(layer.bias),)), 0.5, None, None)
+    patch = comfy.model_patcher.LowVramPatch("bias", {"bias": [halved]})
+    patch._pin_state = object()  # set before the layer has it
+    layer.bias_lowvram_function = patch
+    try:
+        given = layer.bias_lowvram_function
+        more = layer.compensation(layer.bias.float())
+        assert torch.equal(given(layer.bias), (0.5 * (layer.bias + more) - more).to(layer.bias.dtype))
+        assert given.patches is patch.patches and given._pin_state is patch._pin_state
+        assert given is layer.bias_lowvram_function and copy.copy(given).patches is patch.patches
+    finally:
+        layer.bias_lowvram_function = None
+    assert layer.bias_lowvram_function is None
 
 
 def test_model_size_counts_everything_once(quantized):
