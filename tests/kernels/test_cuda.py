@@ -135,6 +135,25 @@ def test_a_gpu_is_tried_as_it_was_built(monkeypatch, tmp_path):
     assert kept.name.startswith("svdquant-nvrtc-sm_89-0-RTX-4090-") and kept.suffix == ".json"
 
 
+def test_of_several_gpus_each_is_told_for_itself(monkeypatch):
+    """One library is built for those that our kernels fit; with SVDQUANT_KERNELS off none of them is tried."""
+    cards = [
+        SimpleNamespace(major=6, minor=1, name="GTX 1080"),
+        SimpleNamespace(major=8, minor=9, name="RTX 4090"),
+    ]
+    built, judged = [], []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: cards[index])
+    monkeypatch.setattr(cuda, "load", lambda *asked: built.append(asked) or LIBRARY)
+    monkeypatch.setattr(gpu, "trusted", lambda found, *_: judged.append(found.capability) or found)
+    assert gpu.find(0).missing == select.unfit((6, 1), "GTX 1080") and built == judged == []
+    assert gpu.find(1).capability == (8, 9) and built == [(1, ADA)] and judged == [(8, 9)]
+    monkeypatch.setattr(gpu, "settings", lambda: replace(settings(), kernels="off"))
+    assert gpu.find(1).capability == (8, 9) and judged == [(8, 9)]
+
+
 # ---- the driver ----
 
 
