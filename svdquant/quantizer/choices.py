@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...loaders.plan import Plan
 from . import sensitivity
+from .alone import alone
 from .sensitivity import Limit, Measured, Option, Table
 from .stream import Settings, check_statistics, check_target
 from .task import Sample
@@ -78,9 +79,10 @@ def decide(
     """
     check_target(target)
     check_statistics(plan.jobs, settings, statistics)
-    found = sensitivity.measure(
-        plan, formats, settings, statistics=statistics, kept=_measurements(target), progress=progress
-    )
+    with alone(target):
+        found = sensitivity.measure(
+            plan, formats, settings, statistics=statistics, kept=_measurements(target), progress=progress
+        )
     choice = sensitivity.choose(plan, found, limit)
     made = sensitivity.chosen(plan, choice)
     made = replace(made, metadata={**made.metadata, "svdquant_limit": json.dumps(vars(limit))})

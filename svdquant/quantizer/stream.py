@@ -26,6 +26,7 @@ from ...loaders.source import Job, SourceModel
 from ...loaders.writer import DiskFull
 from ..core.weights import GELU_SHIFT, LinearWeights
 from . import recipes
+from .alone import alone
 from .jobs import task_of, weight_only
 from .task import Sample, freeze, relative_error
 
@@ -61,11 +62,12 @@ def quantize(
     progress    called with (name, linears done, linears in all, its relative error or None)
     returns     relative error of every W4A4 linear, on held-out rows where there are statistics
 
-    Raises ValueError for a target that cannot be written, a linear with NaN, missing statistics, a full disk.
+    Raises ValueError for a target that cannot be written, a linear with NaN, missing statistics, a full disk, another
+    run that makes the same file.
     """
     check_statistics(plan.jobs, settings, statistics)
     check_target(target)
-    with full_disk_told(target):
+    with full_disk_told(target), alone(target):
         work = open_folder(target, key_of(plan, settings, statistics))
         errors: dict[str, float] = {}
         for done, job in enumerate(plan.jobs, 1):
@@ -83,7 +85,7 @@ def quantize(
         parts = {job.name: work / f"{i:05}.safetensors" for i, job in enumerate(plan.jobs, 1)}
         layers = Lazy(parts, lambda name: open_checkpoint(parts[name]).layers[name])
         plan.write(target, layers, plan.plain, {**plan.metadata, **notes(plan.jobs, settings, errors)})
-    shutil.rmtree(work)
+        shutil.rmtree(work)
     return errors
 
 
