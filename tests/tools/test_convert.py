@@ -21,10 +21,10 @@ from svdquant_nodes.tools.commands import convert as command
 MINI = {name: golden.FOLDER / f"mini_flux_{name}.safetensors" for name in ("int4", "fp4")}
 
 
-def run(source, target, dialect):
+def run(source, target, dialect, *options):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    assert command.main(parser.parse_args([str(source), str(target), "--to", dialect])) == 0
+    assert command.main(parser.parse_args([str(source), str(target), "--to", dialect, *options])) == 0
     return open_checkpoint(target)
 
 
@@ -136,9 +136,12 @@ def test_target_may_not_be_the_source(tmp_path):
         run(path, path, "nunchaku")
 
 
-def test_target_is_replaced(tmp_path):
+def test_target_is_replaced_only_when_asked(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"old")
-    run(MINI["int4"], tmp_path / "b.safetensors", "nunchaku")
+    with pytest.raises(ValueError, match=r"got one that is there\. Name another, or add --overwrite"):
+        run(MINI["int4"], tmp_path / "b.safetensors", "nunchaku")
+    assert (tmp_path / "b.safetensors").read_bytes() == b"old"
+    run(MINI["int4"], tmp_path / "b.safetensors", "nunchaku", "--overwrite")
     assert len(open_checkpoint(tmp_path / "b.safetensors").layers) == 15
 
 

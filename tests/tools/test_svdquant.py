@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.tests import golden
 from svdquant_nodes.tests.loaders import made
+from svdquant_nodes.tools.commands import quantize
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = golden.FOLDER / "mini_flux_int4.safetensors"
@@ -72,6 +75,8 @@ def test_python_without_torch_and_no_environment_says_what_to_do(tmp_path):
 
 
 DEMO_BF16 = ROOT / "demo" / "diffusion_models" / "svdquant-demo-bf16.safetensors"
+DEMO_INT4 = DEMO_BF16.with_name("svdquant-demo-int4.safetensors")
+DEMO_LORA = ROOT / "demo" / "loras" / "svdquant-demo-lora.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -81,12 +86,26 @@ DEMO_BF16 = ROOT / "demo" / "diffusion_models" / "svdquant-demo-bf16.safetensors
         (["."], ".: expected the name of a file ending in .safetensors"),
         (["a.safetensors", "--device", "tpu"], "--device tpu: expected a device that torch has here"),
         (["a.safetensors", "--device", "meta:9x"], "--device meta:9x: expected a device"),
+        (["a.safetensors", "--device", "meta"], "--device meta: expected a device that torch has here"),
+        (["a.safetensors", "--budget", "1..2MB"], "--budget: expected a size such as 6.5GB"),
+        (["a.safetensors", "--error", "-3"], "--error: expected a percentage above 0"),
+        (["a.safetensors", "--formats", "int4"], "--formats: expected --budget or --error beside it"),
         (
             ["a.safetensors", "--layer", "mlp_fc2=plain"],
             "mlp_fc2: expected a pattern that matches some of the 20",
         ),
     ],
-    ids=["no-ending", "a-folder", "no-such-device", "no-device-at-all", "pattern-of-nothing"],
+    ids=[
+        "no-ending",
+        "a-folder",
+        "no-such-device",
+        "no-device-at-all",
+        "device-without-memory",
+        "no-size",
+        "no-error",
+        "formats-of-nothing",
+        "pattern-of-nothing",
+    ],
 )
 def test_quantize_refuses_in_one_sentence_before_it_works(tmp_path, rest, reason):
     done = shell("quantize", DEMO_BF16, *rest, cwd=tmp_path)
@@ -102,6 +121,32 @@ def test_a_name_that_comfyui_would_not_list_is_refused(tmp_path, command):
     done = shell(name, MINI, *middle, tmp_path / "a", *flags)
     assert done.returncode == 2 and "ending in .safetensors" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["convert", "bake-lora", "quantize"])
+def test_a_file_that_is_there_is_kept_unless_asked(tmp_path, command):
+    target = tmp_path / "a.safetensors"
+    target.write_bytes(b"hours of work")
+    words = {
+        "convert": [DEMO_INT4, target, "--to", "natural"],
+        "bake-lora": [DEMO_INT4, DEMO_LORA, target],
+        "quantize": [DEMO_BF16, target, "--rank", "0", "--quiet"],
+    }[command]
+    done = shell(command, *words)
+    assert done.returncode == 2 and "got one that is there. Name another, or add --overwrite" in done.stderr
+    assert target.read_bytes() == b"hours of work" and list(tmp_path.iterdir()) == [target]
+    done = shell(command, *words, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert len(open_checkpoint(target).info) == 20 and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("told", "message"), [("", "RuntimeError"), ("CUDA error: no device\nmore", "CUDA error: no device")]
+)
+def test_a_device_that_fails_is_told_with_what_there_is_to_say(monkeypatch, told, message):
+    monkeypatch.setattr(quantize.torch, "zeros", Mock(side_effect=RuntimeError(told)))
+    with pytest.raises(ValueError, match=f"--device cuda: expected .* got: {message}\\. Use cpu"):
+        quantize.check_device("cuda")
 
 
 def test_wrong_usage_is_exit_code_2():

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from ...svdquant.adapters.baking.bake import LIMIT, bake
-from .target import check_name
+from .target import add_overwrite, check_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=LIMIT,
         help=f"largest relative error of what is not low-rank, {LIMIT:g} by default",
     )
+    add_overwrite(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
-    check_name(args.target)
-    baked = bake(
-        args.base, [parse(lora) for lora in args.loras], args.target, limit=args.error, progress=show
-    )
+    loras = [parse(lora) for lora in args.loras]
+    check_target(args.target, [args.base, *(path for path, _ in loras)], overwrite=args.overwrite)
+    baked = bake(args.base, loras, args.target, limit=args.error, overwrite=args.overwrite, progress=show)
     size, seconds = args.target.stat().st_size / 2**20, time.monotonic() - started
     print(f"{baked}; {size:.1f} MB in {seconds:.1f} s")
     return 0

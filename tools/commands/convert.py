@@ -7,23 +7,24 @@ import sys
 import time
 from pathlib import Path
 
-from ...loaders.checkpoint import Checkpoint
 from ...loaders.detect import open_checkpoint
 from ...svdquant.adapters.convert import WRITERS, convert
 from ...svdquant.adapters.families import resolve
-from .target import check_name
+from .target import add_overwrite, check_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a checkpoint file or folder")
     parser.add_argument("target", metavar="DST", type=Path, help="the .safetensors file to write")
     parser.add_argument("--to", required=True, choices=WRITERS, help="the dialect to write")
+    add_overwrite(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
     checkpoint = open_checkpoint(args.source)
-    check_target(checkpoint, args.target)
+    sources = {info.file for info in checkpoint.stored.info.values()}
+    check_target(args.target, sources, overwrite=args.overwrite)
     for warning in checkpoint.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if resolve(checkpoint) is None:
@@ -32,14 +33,6 @@ def main(args: argparse.Namespace) -> int:
     size, seconds = args.target.stat().st_size / 2**20, time.monotonic() - started
     print(f"{args.target}: {args.to}, {len(checkpoint.info)} layers, {size:.1f} MB in {seconds:.1f} s")
     return 0
-
-
-def check_target(checkpoint: Checkpoint, target: Path) -> None:
-    """ComfyUI lists .safetensors only, and writing must not pull the source from under its own memory map."""
-    check_name(target)
-    sources = {info.file for info in checkpoint.stored.info.values()}
-    if target.exists() and any(target.samefile(source) for source in sources):
-        raise ValueError(f"{target.name}: expected a new file, got the source itself. Name another file.")
 
 
 def show(name: str, done: int, total: int) -> None:

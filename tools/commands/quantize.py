@@ -20,7 +20,7 @@ from ...loaders.source import SourceModel, open_source
 from ...svdquant.adapters.quantizing.plans import MODEL, make_plan
 from ...svdquant.quantizer import choices, recipes, report, statistics, stream, text_encoder
 from ...svdquant.quantizer.sensitivity import FORMATS, Limit
-from .target import check_name
+from .target import add_overwrite, check_target
 
 UNITS = {"": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
 
@@ -70,13 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a text encoder: columns that share a scale (128)",
     )
     parser.add_argument("--quiet", action="store_true", help="print only the summary")
+    add_overwrite(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     began = time.monotonic()
     overrides = tuple(parse_override(text) for text in args.layer)
+    limit = parse_limit(args.budget, args.error)
+    if args.formats and limit is None:
+        raise ValueError("--formats: expected --budget or --error beside it, got neither.")
     source = open_source(args.source)
-    check_target(source.path, args.target)
+    check_target(args.target, [source.path, *source.path.rglob("*.safetensors")], overwrite=args.overwrite)
     check_device(args.device)
     if recognise(source.shapes):
         return quantize_encoder(source, args)
@@ -94,7 +98,7 @@ def main(args: argparse.Namespace) -> int:
         print(
             "note: written in the natural layout, since Nunchaku's has no place for --layer", file=sys.stderr
         )
-    decision = decide(plan, args, settings, samples)
+    decision = decide(plan, limit, args, settings, samples) if limit else None
     if decision:
         plan = decision.plan
         print(decision.as_text())
@@ -134,14 +138,9 @@ def quantize_encoder(source: SourceModel, args: argparse.Namespace) -> int:
 
 
 def decide(
-    plan: Plan, args: argparse.Namespace, settings: stream.Settings, samples: Mapping | None
-) -> choices.Decision | None:
-    """The choice that --budget or --error asks for; None where neither does."""
-    limit = parse_limit(args.budget, args.error)
-    if limit is None:
-        if args.formats:
-            raise ValueError("--formats: expected --budget or --error beside it, got neither.")
-        return None
+    plan: Plan, limit: Limit, args: argparse.Namespace, settings: stream.Settings, samples: Mapping | None
+) -> choices.Decision:
+    """The choice that --budget or --error asks for."""
     formats = args.formats.split(",") if args.formats else [args.precision, "plain"]
     progress = None if args.quiet else show_measured
     return choices.decide(plan, limit, formats, args.target, settings, statistics=samples, progress=progress)
@@ -152,17 +151,17 @@ def parse_limit(size: str | None, percent: str | None) -> Limit | None:
     if size and percent:
         raise ValueError("--budget, --error: expected one of them, got both.")
     if size:
-        found = re.fullmatch(r"([0-9.]+)\s*([KMG]B)?", size.strip().upper())
+        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([KMG]B)?", size.strip().upper())
         if not found:
             raise ValueError(
                 f"--budget: expected a size such as 6.5GB, 900MB or a number of bytes, got {size!r}."
             )
         return Limit(nbytes=int(float(found[1]) * UNITS[found[2] or ""]))
     if percent:
-        try:
-            return Limit(error=float(percent.rstrip("% ")) / 100)
-        except ValueError:
-            raise ValueError(f"--error: expected a percentage such as 5, got {percent!r}.") from None
+        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*%?", percent.strip())
+        if not found or not float(found[1]):
+            raise ValueError(f"--error: expected a percentage above 0, such as 5, got {percent!r}.")
+        return Limit(error=float(found[1]) / 100)
     return None
 
 
@@ -176,19 +175,12 @@ def parse_override(text: str) -> tuple[str, str]:
 def check_device(name: str) -> None:
     """ValueError for a device that torch has not got here."""
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()  # which a device without memory has not
     except (RuntimeError, AssertionError, NotImplementedError) as reason:
-        told = str(reason).splitlines()[0].rstrip(".")
+        told = (str(reason) or type(reason).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"--device {name}: expected a device that torch has here, got: {told}. Use cpu."
         ) from None
-
-
-def check_target(source: Path, target: Path) -> None:
-    """ComfyUI lists .safetensors only, and writing must not pull the source from under its own memory map."""
-    check_name(target)
-    if target.exists() and source.exists() and target.samefile(source):
-        raise ValueError(f"{target.name}: expected a new file, got the source itself. Name another file.")
 
 
 def show_measured(name: str, done: int, total: int) -> None:

@@ -9,6 +9,7 @@ The file is in Nunchaku layout. Other dialects are converted first; a family tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -84,6 +85,7 @@ def bake(
     *,
     rest: Path | None = None,
     limit: float = LIMIT,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Baked:
     """Write `target`: `base` with LoRAs at their strengths in its branches.
@@ -92,19 +94,32 @@ def bake(
     loras     (file, strength), in order
     rest      where to put what no branch can hold; beside the target as NAME-rest.safetensors if not given
     limit     largest relative error of what is not low-rank: a difference, DoRA, OFT, LoHa and LoKr of high rank
+    overwrite whether files of these names are replaced, and not refused
     progress  called with (steps done, steps in all) of what is being done
 
     Raises ValueError, before anything is written, for a LoRA that does not fit or has no place within the limit.
     """
+    check_numbers(loras, limit)
     rest = rest or target.with_name(f"{target.stem}-rest.safetensors")
     for path in (target, rest):
-        if path.exists():
+        if path.exists() and not overwrite:
             raise ValueError(f"{path.name}: expected a new file, got one that is there. Choose another name.")
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path.name}: expected a folder {path.parent}, got none. Make it first.")
     step = progress or (lambda done, total: None)
     with bakeable(base, target.parent, step) as ready:
         return _write(Base(open_checkpoint(ready)), loras, target, rest, limit, step)
+
+
+def check_numbers(loras: Sequence[tuple[Path, float]], limit: float) -> None:
+    """ValueError for a strength that would make every weight NaN, or a limit that is none."""
+    for path, strength in loras:
+        if not math.isfinite(strength):
+            raise ValueError(f"{path.name}: expected a strength such as 1, got {strength}. Give a number.")
+    if not 0 <= limit < 1:
+        raise ValueError(
+            f"error: expected a relative error from 0 to below 1, got {limit:g}. {LIMIT:g} is 1 %."
+        )
 
 
 @contextmanager

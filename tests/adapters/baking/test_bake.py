@@ -288,6 +288,21 @@ def test_a_folder_that_is_not_there_is_told_before_anything_is_written(folder, t
     assert not list(tmp_path.rglob("*.safetensors.part"))
 
 
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), float("-inf")])
+def test_a_strength_that_is_no_number_is_refused(folder, tmp_path, strength):
+    with pytest.raises(
+        ValueError, match=r"lora1\.safetensors: expected a strength such as 1, got -?(nan|inf)"
+    ):
+        run(folder, tmp_path, ("lora1", strength))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [float("nan"), -0.1, 1.0])
+def test_a_limit_that_is_none_is_refused(folder, tmp_path, limit):
+    with pytest.raises(ValueError, match=r"error: expected a relative error from 0 to below 1"):
+        run(folder, tmp_path, ("lora1", 1.0), limit=limit)
+
+
 @pytest.mark.parametrize(
     ("argument", "name", "strength"),
     [
