@@ -22,10 +22,11 @@ def check_belongs(
     known     the names that the model knows
     matched   whether anything of the file changes a layer
     """
-    _check_depth(path, renamed.unmatched, known)
+    other = guess_other_family(renamed.unmatched, known)
+    if not other:  # block numbers of another family say nothing
+        _check_depth(path, renamed.unmatched, known)
     if not matched:
         raise ValueError(f"{path.name}: {_why_none(tensors, renamed)}")
-    other = guess_other_family(renamed.unmatched, known)
     if other:
         raise ValueError(
             f"{path.name}: {len(renamed.unmatched)} of its {len(tensors)} tensors, such as {renamed.unmatched[0]!r}, "
