@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..svdquant.adapters import folders
 from ..svdquant.adapters.lora.apply import apply_lora
-from .checked import checked
+from .checked import checked, fingerprint
 from .lora_inputs import chosen, further_loras, lora_inputs
 from .reported import reported
 
@@ -43,7 +43,11 @@ class SVDQuantApplyLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name: str | None = None, *, more: object = None) -> bool | str:
-        return checked(lambda name: folders.find(folders.LORAS, name), lora_name)
+        return checked(folders.LORAS, lora_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: object) -> object:
+        return fingerprint(folders.LORAS, inputs)
 
     @classmethod
     def execute(

@@ -64,8 +64,8 @@ class SVDQuantBakeLora(io.ComfyNode):
     def validate_inputs(
         cls, model_name: str | None = None, lora_name: str | None = None, *, more: object = None
     ) -> bool | str:
-        loras = checked(lambda name: folders.find(folders.LORAS, name), lora_name)
-        models = checked(lambda name: open_checkpoint(folders.find(folders.MODELS, name)), model_name)
+        loras = checked(folders.LORAS, lora_name)
+        models = checked(folders.MODELS, model_name, check=open_checkpoint)
         return loras if models is True else models
 
     @classmethod

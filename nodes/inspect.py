@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..loaders.detect import open_checkpoint
 from ..svdquant.adapters import folders, report
-from .checked import checked
+from .checked import checked, fingerprint
 from .reported import reported
 
 
@@ -35,7 +35,11 @@ class SVDQuantInspect(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
-        return checked(lambda name: folders.find(folders.kind_of(name), name), model_name)
+        return checked(folders.kind_of(model_name), model_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str | None = None) -> object:
+        return fingerprint(folders.kind_of(model_name), model_name)
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:

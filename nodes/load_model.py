@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..loaders.detect import open_checkpoint
 from ..svdquant.adapters import activations as widths
 from ..svdquant.adapters import folders, load
-from .checked import checked
+from .checked import checked, fingerprint
 
 # How 4-bit files are mostly named; the first of them is what a new node shows.
 FOUR_BIT = re.compile(r"int4|fp4|svdq-", re.IGNORECASE)
@@ -66,7 +66,11 @@ class SVDQuantLoadModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
-        return checked(lambda name: open_checkpoint(folders.find(folders.MODELS, name)), model_name)
+        return checked(folders.MODELS, model_name, check=open_checkpoint)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str | None = None, **_: object) -> object:
+        return fingerprint(folders.MODELS, model_name)
 
     @classmethod
     def execute(cls, model_name: str, activations: str = "auto") -> io.NodeOutput:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..svdquant.adapters import encoder_types, folders, text_encoder
+from .checked import checked, fingerprint
 
 NONE = "none"
 
@@ -67,6 +68,21 @@ class SVDQuantLoadTextEncoder(io.ComfyNode):
             ],
             outputs=[io.Clip.Output(tooltip="An ordinary CLIP; ComfyUI decides about offloading.")],
         )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        text_encoder1: str | None = None,
+        text_encoder2: str | None = None,
+        text_encoder3: str | None = None,
+        text_encoder4: str | None = None,
+    ) -> bool | str:
+        named = (text_encoder1, text_encoder2, text_encoder3, text_encoder4)
+        return checked(folders.TEXT_ENCODERS, *(name for name in named if name != NONE))
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: object) -> object:
+        return fingerprint(folders.TEXT_ENCODERS, inputs)
 
     @classmethod
     def execute(

@@ -107,7 +107,7 @@ class SVDQuantQuantize(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, source: str | None = None) -> bool | str:
-        return checked(lambda name: open_source(folders.find(folders.MODELS, name)), source)
+        return checked(folders.MODELS, source, check=open_source)
 
     @classmethod
     def execute(

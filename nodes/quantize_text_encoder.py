@@ -10,6 +10,7 @@ from ..loaders.source import open_source
 from ..svdquant.adapters import folders
 from ..svdquant.adapters.quantizing import quantize as host
 from ..svdquant.quantizer import report, text_encoder
+from .checked import checked
 from .reported import reported
 
 
@@ -53,11 +54,16 @@ class SVDQuantQuantizeTextEncoder(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, source: str | None = None) -> bool | str:
+        return checked(folders.TEXT_ENCODERS, source, check=open_source)
+
+    @classmethod
     def execute(cls, source: str, file_name: str, group: str = "128") -> io.NodeOutput:
         began, target = time.perf_counter(), host.target(file_name, folders.TEXT_ENCODERS)
         encoder = open_source(folders.find(folders.TEXT_ENCODERS, source))
         errors = text_encoder.quantize(
             encoder, target, group=int(group), device=host.device(), progress=host.progress()
         )
-        text = report.as_text(target, errors, time.perf_counter() - began, measured=False)
-        return reported(str(target), text, text=text)
+        seconds = time.perf_counter() - began
+        text = report.as_text(target, errors, seconds, measured=False)
+        return reported(str(target), text, text=text, event=f"wrote {target} in {seconds:.1f} s")
