@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from svdquant_nodes.loaders.detect import open_checkpoint
 from svdquant_nodes.tests import golden
 from svdquant_nodes.tests.loaders import made
-from svdquant_nodes.tools.commands import quantize
+from svdquant_nodes.tools.commands import bake_lora, convert, quantize
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = golden.FOLDER / "mini_flux_int4.safetensors"
@@ -123,20 +124,21 @@ def test_a_name_that_comfyui_would_not_list_is_refused(tmp_path, command):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["convert", "bake-lora", "quantize"])
+@pytest.mark.parametrize("command", [convert, bake_lora, quantize], ids=["convert", "bake-lora", "quantize"])
 def test_a_file_that_is_there_is_kept_unless_asked(tmp_path, command):
     target = tmp_path / "a.safetensors"
     target.write_bytes(b"hours of work")
     words = {
-        "convert": [DEMO_INT4, target, "--to", "natural"],
-        "bake-lora": [DEMO_INT4, DEMO_LORA, target],
-        "quantize": [DEMO_BF16, target, "--rank", "0", "--quiet"],
+        convert: [DEMO_INT4, target, "--to", "natural"],
+        bake_lora: [DEMO_INT4, DEMO_LORA, target],
+        quantize: [DEMO_BF16, target, "--rank", "0", "--quiet"],
     }[command]
-    done = shell(command, *words)
-    assert done.returncode == 2 and "got one that is there. Name another, or add --overwrite" in done.stderr
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(ValueError, match=r"got one that is there\. Name another, or add --overwrite"):
+        command.main(parser.parse_args(list(map(str, words))))
     assert target.read_bytes() == b"hours of work" and list(tmp_path.iterdir()) == [target]
-    done = shell(command, *words, "--overwrite")
-    assert done.returncode == 0, done.stderr
+    assert command.main(parser.parse_args([*map(str, words), "--overwrite"])) == 0
     assert len(open_checkpoint(target).info) == 20 and list(tmp_path.iterdir()) == [target]
 
 
