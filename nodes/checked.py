@@ -28,15 +28,18 @@ def checked(kind: str, *names: str | None, check: Callable[[Path], object] | Non
     return True
 
 
-def fingerprint(kind: str, *values: object) -> list[Stamp]:
+def fingerprint(kind: str, *values: object) -> list[str]:
     """The answer of `fingerprint_inputs`: it changes when a file behind one of the names is replaced.
 
     values   of the node's inputs, whatever they are; those that name no file count nothing
+
+    The host compares it, and saves it with each picture: plain text, and no path of this machine.
     """
     stamps = []
     for name in _texts(values):
         try:
-            stamps.append(stamp(folders.find(kind, name)))
+            _, size, changed = stamp(folders.find(kind, name))
+            stamps.append(f"{size} {changed}")
         except (ValueError, OSError):
             continue
     return stamps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import folder_paths
@@ -60,6 +61,7 @@ def test_a_file_that_was_replaced_is_loaded_again(model):
         return load_model.SVDQuantLoadModel.fingerprint_inputs(model_name=name, activations="auto")
 
     before = node("flux/model.4bit.safetensors")
+    assert json.loads(json.dumps(before)) == before and "model" not in str(before)  # saved with each picture
     assert before and node("flux/model.4bit.safetensors") == before
     assert node("other/model.4bit.safetensors") == before
     replace(model, b"two")
