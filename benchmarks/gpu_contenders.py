@@ -72,13 +72,8 @@ def contenders(work: Work, device: str) -> Iterator[tuple[str, Work, Callable[[W
             lambda w, row=row: our_product(w, ops.OpSet(row.name)),
         )
     if work.dense[0].shape[0] > 3 * work.dense[0].shape[1]:  # the first layer of a feed-forward
-        for row in rows_here(device, "gemm_int4_gelu"):
-            yield f"svdquant_{row.name}{UNCHECKED}", work, lambda w, row=row: with_gelu(w, row, True)
-            yield (
-                f"svdquant_{row.beside}{UNCHECKED}, apart",
-                work,
-                lambda w, row=row: with_gelu(w, row, False),
-            )
+        yield from before_a_gelu("gemm_int4_gelu", work, device)
+        yield from before_a_gelu("gemm_nvfp4_gelu", nvfp4_of(work), device, " of nvfp4")
     yield from by_spelling("gemm_nvfp4", nvfp4_of(work), device, " of nvfp4")
     if any(row.name == select.TORCH_SCALED for row in rows_here(device, "gemm_nvfp4")):
         yield "svdquant_torch_scaled of nvfp4, our quantizer", nvfp4_of(work), torch_scaled
@@ -93,6 +88,16 @@ def contenders(work: Work, device: str) -> Iterator[tuple[str, Work, Callable[[W
 def by_spelling(op: str, work: Work, device: str, of: str = "") -> Iterator[tuple[str, Work, Callable]]:
     for row in rows_here(device, op):
         yield f"svdquant_{row.name}{of}", work, lambda w, row=row: ours(w, ops.OpSet(row.name))
+
+
+def before_a_gelu(op: str, work: Work, device: str, of: str = "") -> Iterator[tuple[str, Work, Callable]]:
+    """Each fused kernel, and its ops apart."""
+    for row in rows_here(device, op):
+        for name, fused in (
+            (f"{row.name}{of}{UNCHECKED}", True),
+            (f"{row.beside}{of}{UNCHECKED}, apart", False),
+        ):
+            yield f"svdquant_{name}", work, lambda w, row=row, fused=fused: with_gelu(w, row, fused)
 
 
 def rows_here(device: str, op: str) -> list[select.Spelling]:
@@ -139,31 +144,31 @@ def torch_scaled(work: Work) -> Contender:
 
 def with_gelu(work: Work, row: select.Spelling, fused: bool) -> Contender:
     """Quantizer, product, GELU and the next layer's quantizer: in two kernels, or in four."""
-    n, rank = work.dense[0].shape[0], work.layers[0].rank
+    n, rank, spec = work.dense[0].shape[0], work.layers[0].rank, work.layers[0].spec
     following = [random_layer(64, n, rank, str(w.codes.device)) for w in work.layers]
-    following = [replace(w, spec=INT4_UNSIGNED) for w in following]
-    op_set, whole = ops.OpSet(row.beside), ops.OpSet(row.name)
+    following = [as_nvfp4(w) if spec == NVFP4 else replace(w, spec=INT4_UNSIGNED) for w in following]
+    op_set, whole = ops.OpSet(row.beside), getattr(ops.OpSet(row.name), row.ops[0])
 
     def call(i: int) -> Tensor:
         w, then = (layers[i % len(layers)] for layers in (work.layers, following))
-        made = op_set.quantize_int4(work.x(i), w.smooth, w.down)
+        made = linear.quantize(work.x(i), w, op_set)
         if fused:
-            return whole.gemm_int4_gelu(*made, w, then, dtype=BF16)[0]
-        x = torch.nn.functional.gelu(op_set.gemm_int4(*made, w, dtype=BF16), approximate="tanh")
-        return op_set.quantize_int4_unsigned(x, then.smooth, then.down, then.spec.act_shift)[0]
+            return whole(*made, w, then, dtype=BF16)[0]
+        x = torch.nn.functional.gelu(linear.multiply(made, w, op_set, dtype=BF16), approximate="tanh")
+        return linear.quantize(x, then, op_set)[0]
 
     return call
 
 
 def nvfp4_of(work: Work) -> Work:
     """The same sizes in NVFP4; other numbers."""
-    layers = []
-    for w in work.layers:
-        scales = torch.rand(w.out_features, w.in_features // 16, device=w.codes.device) + 0.5
-        second = torch.full((1,), 0.2 * w.in_features**-0.5, device=w.codes.device, dtype=BF16)
-        scales = scales.to(torch.float8_e4m3fn)
-        layers.append(replace(w, spec=NVFP4, scales=scales, second_scale=second))
-    return replace(work, layers=layers)
+    return replace(work, layers=[as_nvfp4(w) for w in work.layers])
+
+
+def as_nvfp4(w: LinearWeights) -> LinearWeights:
+    scales = torch.rand(w.out_features, w.in_features // 16, device=w.codes.device) + 0.5
+    second = torch.full((1,), 0.2 * w.in_features**-0.5, device=w.codes.device, dtype=BF16)
+    return replace(w, spec=NVFP4, scales=scales.to(torch.float8_e4m3fn), second_scale=second)
 
 
 def int8_of(work: Work) -> Work:

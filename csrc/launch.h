@@ -80,7 +80,7 @@ struct Gemm {
   Output out;                   // [M, N]
 };
 
-// means: core/reference.py gemm_int4_gelu. The output of one layer and the input of the next meet in registers alone:
+// means: core/reference.py gemm_int4_gelu, gemm_nvfp4_gelu. The output of one layer and the input of the next meet in registers alone:
 // `product.out` and `next.x` have a dtype, the same bf16 or fp16, and no data.
 struct GemmGelu {
   Gemm product;

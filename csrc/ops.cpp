@@ -27,15 +27,17 @@ namespace {
 
 using at::Tensor;
 
-DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
+DType dtype_of(at::ScalarType type, const char* name) {
+  switch (type) {
     case at::kFloat: return DType::kF32;
     case at::kBFloat16: return DType::kBF16;
     case at::kHalf: return DType::kF16;
     case at::kFloat8_e4m3fn: return DType::kE4M3;
-    default: TORCH_CHECK_VALUE(false, name, ": expected a float of 32, 16 or 8 bits, got ", t.scalar_type());
+    default: TORCH_CHECK_VALUE(false, name, ": expected a float of 32, 16 or 8 bits, got ", type);
   }
 }
+
+DType dtype_of(const Tensor& t, const char* name) { return dtype_of(t.scalar_type(), name); }
 
 void check_columns(int64_t k) { TORCH_CHECK_VALUE(k, "weight_codes: expected columns, got none"); }
 
@@ -221,6 +223,15 @@ Gemm product_of(Codes kind, const Tensor& codes, const Tensor& scales, const Ten
   return args;
 }
 
+// One number for all rows, or one a row.
+Floats second_scale_of(const Tensor& second, int64_t n, Tensor& kept) {
+  TORCH_CHECK_VALUE(second.numel() == 1 || second.numel() == n, "second_scale: expected 1 or ", n, " numbers, got ",
+                    second.numel());
+  Floats found = vector(second, "second_scale", kept);
+  if (second.numel() == 1) found.stride = 0;
+  return found;
+}
+
 void gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
              const Tensor& weight_scales, const std::optional<Tensor>& second_scale, const Tensor& up,
              const std::optional<Tensor>& bias, const std::optional<Tensor>& addend, const Tensor& out,
@@ -241,12 +252,7 @@ void gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tensor
   args.out = output(out, args.m, args.n);
   args.addend = addend_of(addend, args.m, args.n, also[0]);
   if (args.m == 0 || args.n == 0) return;
-  if (second_scale) {
-    TORCH_CHECK_VALUE(second_scale->numel() == 1 || second_scale->numel() == args.n, "second_scale: expected 1 or ",
-                      args.n, " numbers, got ", second_scale->numel());
-    args.second_scale = vector(*second_scale, "second_scale", also[1]);
-    if (second_scale->numel() == 1) args.second_scale.stride = 0;
-  }
+  if (second_scale) args.second_scale = second_scale_of(*second_scale, args.n, also[1]);
   Scratch scratch = {hidden.options(), {}};
   check_launch(gemm(args, launch(spelling, scratch)), spelling);
 }
@@ -268,36 +274,39 @@ void gemm_nvfp4(const Tensor& codes, const Tensor& scales, const Tensor& hidden,
 
 #ifdef SVDQUANT_GPU
 // A product, GELU and the next layer's quantizer, whose codes, scales and hidden values it returns.
-std::tuple<Tensor, Tensor, Tensor> gemm_int4_gelu(const Tensor& codes, const Tensor& scales, const Tensor& hidden,
-                                                  const Tensor& weight_codes, const Tensor& weight_scales,
-                                                  const Tensor& up, const std::optional<Tensor>& bias,
-                                                  const Tensor& smooth, const Tensor& down, double shift,
-                                                  at::ScalarType dtype, std::string spelling) {
+std::tuple<Tensor, Tensor, Tensor> gemm_gelu_as(Codes kind, const Tensor& codes, const Tensor& scales,
+                                                const Tensor& hidden, const Tensor& weight_codes,
+                                                const Tensor& weight_scales, const std::optional<Tensor>& second_scale,
+                                                const Tensor& up, const std::optional<Tensor>& bias,
+                                                const Tensor& smooth, const Tensor& down, double shift,
+                                                at::ScalarType dtype, const std::string& spelling) {
   check_packed(weight_codes);
   check_device(codes, {{"scales", &scales},
                        {"hidden", &hidden},
                        {"weight_codes", &weight_codes},
                        {"weight_scales", &weight_scales},
+                       {"second_scale", if_any(second_scale, codes)},
                        {"up", &up},
                        {"bias", if_any(bias, codes)},
                        {"next_smooth", &smooth},
                        {"next_down", &down}});
   const OnDevice here(codes);
-  const Codes signed_kind = Codes::kInt4;
-  check_type(codes, "codes", at::kChar);
-  Tensor kept[7], also[2];
+  const bool floats = kind == Codes::kE2M1;
+  if (!floats) check_type(codes, "codes", at::kChar);
+  Tensor kept[7], also[3];
   GemmGelu args = {};
-  args.product = product_of(signed_kind, codes, scales, hidden, weight_codes, weight_scales, up, bias, kept);
-  const int64_t m = args.product.m, n = args.product.n, group = group_size(signed_kind), r = down.size(0);
+  args.product = product_of(kind, codes, scales, hidden, weight_codes, weight_scales, up, bias, kept);
+  const int64_t m = args.product.m, n = args.product.n, group = group_size(kind), r = down.size(0);
   TORCH_CHECK_VALUE(n % group == 0, "weight_codes: expected rows in groups of ", group, ", got ", n);
   check_shape(smooth, "next_smooth", {n});
   check_shape(down, "next_down", {r, n});
-  Tensor next_codes = at::empty({m, n}, codes.options().dtype(shift ? at::kByte : at::kChar));
-  Tensor next_scales = at::empty({m, n / group}, codes.options().dtype(dtype));
+  Tensor next_codes = at::empty({m, n}, codes.options().dtype(floats || shift ? at::kByte : at::kChar));
+  Tensor next_scales = at::empty({m, n / group}, codes.options().dtype(floats ? at::kFloat8_e4m3fn : dtype));
   Tensor next_hidden = at::empty({m, r}, hidden.options());
   if (m == 0 || n == 0) return {next_codes, next_scales, next_hidden};
-  args.product.out.dtype = dtype_of(next_scales, "dtype");
-  args.next = {shift ? Codes::kUint4 : signed_kind,
+  if (second_scale) args.product.second_scale = second_scale_of(*second_scale, n, also[2]);
+  args.product.out.dtype = dtype_of(dtype, "dtype");
+  args.next = {shift ? Codes::kUint4 : kind,
                m,
                n,
                r,
@@ -311,6 +320,24 @@ std::tuple<Tensor, Tensor, Tensor> gemm_int4_gelu(const Tensor& codes, const Ten
   Scratch scratch = {hidden.options(), {}};
   check_launch(gemm_gelu(args, launch(spelling, scratch)), spelling);
   return {next_codes, next_scales, next_hidden};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gemm_int4_gelu(const Tensor& codes, const Tensor& scales, const Tensor& hidden,
+                                                  const Tensor& weight_codes, const Tensor& weight_scales,
+                                                  const Tensor& up, const std::optional<Tensor>& bias,
+                                                  const Tensor& smooth, const Tensor& down, double shift,
+                                                  at::ScalarType dtype, std::string spelling) {
+  return gemm_gelu_as(Codes::kInt4, codes, scales, hidden, weight_codes, weight_scales, {}, up, bias, smooth, down,
+                      shift, dtype, spelling);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gemm_nvfp4_gelu(const Tensor& codes, const Tensor& scales, const Tensor& hidden,
+                                                   const Tensor& weight_codes, const Tensor& weight_scales,
+                                                   const Tensor& second_scale, const Tensor& up,
+                                                   const std::optional<Tensor>& bias, const Tensor& smooth,
+                                                   const Tensor& down, at::ScalarType dtype, std::string spelling) {
+  return gemm_gelu_as(Codes::kE2M1, codes, scales, hidden, weight_codes, weight_scales, second_scale, up, bias, smooth,
+                      down, 0.0, dtype, spelling);
 }
 #endif
 
@@ -422,6 +449,7 @@ TORCH_LIBRARY_IMPL(svdquant, SVDQUANT_DEVICE, m) {
   m.impl("gemv_awq", gemv_awq_op);
 #ifdef SVDQUANT_GPU
   m.impl("gemm_int4_gelu", gemm_int4_gelu);
+  m.impl("gemm_nvfp4_gelu", gemm_nvfp4_gelu);
 #endif
 }
 

@@ -22,12 +22,17 @@ const char* quantize_nvfp4(const Quantize& args, const Launch& launch);
 const char* gemm_int4(const Gemm& args, Product product, const Launch& launch);
 // The same on sm_90a, by e4m3 products of warpgroups, of blocks alone or in clusters; asks for scratch memory.
 const char* gemm_int4_hopper(const Gemm& args, bool in_clusters, const Launch& launch);
-// means: core/reference.py gemm_int4_gelu; asks for scratch memory.
-const char* gemm_int4_gelu(const GemmGelu& args, Product product, const Launch& launch);
 // means: core/reference.py gemm_nvfp4
 const char* gemm_nvfp4(const Gemm& args, const Launch& launch);
 // The same on sm_120a and sm_121a, by products that multiply by the scales themselves.
 const char* gemm_mxf4(const Gemm& args, const Launch& launch);
+
+// means: core/reference.py gemm_int4_gelu, by 4-bit products or by 8-bit ones, and gemm_nvfp4_gelu, by fp16 products or
+// by those that multiply by the scales; each asks for scratch memory.
+const char* gemm_int4_gelu(const GemmGelu& args, const Launch& launch);
+const char* gemm_int4_gelu_wide(const GemmGelu& args, const Launch& launch);
+const char* gemm_nvfp4_gelu(const GemmGelu& args, const Launch& launch);
+const char* gemm_mxf4_gelu(const GemmGelu& args, const Launch& launch);
 
 // means: core/reference.py gemm_int8
 const char* gemm_int8(const GemmInt8& args, const Launch& launch);

@@ -10,10 +10,7 @@ namespace {
 bool is(const Launch& launch, const char* name) { return !std::strcmp(launch.spelling, name); }
 
 cuda::Product product(const Launch& launch) {
-  for (const char* name : {"mma_s4", "mma_sm75", "gelu_s4", "gelu_sm75"}) {
-    if (is(launch, name)) return cuda::Product::kInt4;
-  }
-  return cuda::Product::kInt8;
+  return is(launch, "mma_s4") || is(launch, "mma_sm75") ? cuda::Product::kInt4 : cuda::Product::kInt8;
 }
 
 }  // namespace
@@ -36,7 +33,10 @@ const char* gemm(const Gemm& args, const Launch& launch) {
 }
 
 const char* gemm_gelu(const GemmGelu& args, const Launch& launch) {
-  return cuda::gemm_int4_gelu(args, product(launch), launch);
+  if (args.product.kind == Codes::kE2M1) {
+    return is(launch, "gelu_mxf4") ? cuda::gemm_mxf4_gelu(args, launch) : cuda::gemm_nvfp4_gelu(args, launch);
+  }
+  return is(launch, "gelu_s8") ? cuda::gemm_int4_gelu_wide(args, launch) : cuda::gemm_int4_gelu(args, launch);
 }
 
 const char* gemm_int8(const GemmInt8& args, const Launch& launch) {
@@ -51,9 +51,10 @@ const char* spellings() {
   const int arch = cuda::device_arch();
   if (arch < 75) return "";
   if (arch < 80) return "mma_sm75 mma_s8 mma_f16 gemv gelu_sm75";
-  if (arch < 90) return "mma_s4 mma_s8 mma_f16 gemv gelu_s4 gelu_s8";
-  if (arch == 90) return "wgmma_e4m3_x4 wgmma_e4m3 wgmma_s8_x2 wgmma_s8 mma_s8 mma_f16 gemv gelu_s8";
-  return arch / 10 == 12 ? "mxf4_sm120 mma_s8 mma_f16 gemv gelu_s8" : "mma_s8 mma_f16 gemv gelu_s8";
+  if (arch < 90) return "mma_s4 mma_s8 mma_f16 gemv gelu_s4 gelu_s8 gelu_f16";
+  if (arch == 90) return "wgmma_e4m3_x4 wgmma_e4m3 wgmma_s8_x2 wgmma_s8 mma_s8 mma_f16 gemv gelu_s8 gelu_f16";
+  if (arch / 10 == 12) return "mxf4_sm120 mma_s8 mma_f16 gemv gelu_s8 gelu_mxf4 gelu_f16";
+  return "mma_s8 mma_f16 gemv gelu_s8 gelu_f16";
 }
 
 }  // namespace svdquant

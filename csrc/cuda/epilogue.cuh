@@ -102,6 +102,14 @@ __device__ __forceinline__ void add_branch(const Args& p, const Place<T>& place,
   }
 }
 
+// All sums of a tile: its steps, what they are multiplied by at the end, the branch.
+template <class Loop>
+__device__ __forceinline__ void sum_up(Loop& loop) {
+  run_pipeline(loop, loop.steps());
+  loop.finish();
+  add_branch<typename Loop::Shape>(loop.p, loop.place, loop.sums);
+}
+
 // Two neighbours of a row of the addend, of which the second may not exist.
 __device__ __forceinline__ float2 load_addend(const Floats& addend, int64_t row, int64_t column, int64_t n) {
   const float* from = static_cast<const float*>(addend.data) + row * addend.stride + column;
@@ -175,6 +183,15 @@ __device__ __forceinline__ void store_sums(const Args& p, const Place<T>& place,
       store_pairs(p.out, row, p.m, column, p.n, v);
     }
   }
+}
+
+// A tile from the first step to the output.
+template <class Loop>
+__device__ __forceinline__ void multiply_tile(const Gemm& p) {
+  const Place<typename Loop::Shape> place(p.m);
+  Loop loop(p, place);
+  sum_up(loop);
+  store_sums<typename Loop::Shape>(p, place, loop.sums);
 }
 
 }  // namespace svdquant::cuda

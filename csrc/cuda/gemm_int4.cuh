@@ -162,6 +162,8 @@ struct GroupScales {
 
 template <class T, class P>
 struct Int4Loop {
+  using Shape = T;
+  static constexpr bool kE2M1 = false, kExists = P::kExists;
   static constexpr int kSharedBytes = kStages * T::kStageBytes + GroupScales<T>::kBytes;
 
   const Gemm& p;
@@ -182,6 +184,7 @@ struct Int4Loop {
   }
 
   __device__ __forceinline__ int steps() const { return scales.groups; }
+  __device__ __forceinline__ void finish() {}
 
   __device__ __forceinline__ void copy(int step, int stage) {
     codes.copy(step, memory + stage * T::kStageBytes);
@@ -229,13 +232,7 @@ struct Int4Loop {
 // One block a tile of the output.
 template <class T, class P>
 __global__ void __launch_bounds__(T::kThreads, P::kBlocksAtOnce) gemm_int4_kernel(Gemm p) {
-  if constexpr (P::kExists) {
-    const Place<T> place(p.m);
-    Int4Loop<T, P> loop(p, place);
-    run_pipeline(loop, loop.steps());
-    add_branch<T>(p, place, loop.sums);
-    store_sums<T>(p, place, loop.sums);
-  }
+  if constexpr (P::kExists) multiply_tile<Int4Loop<T, P>>(p);
 }
 
 }  // namespace svdquant::cuda

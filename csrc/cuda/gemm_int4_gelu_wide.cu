@@ -2,9 +2,13 @@
 #include "run_gemm_gelu.cuh"
 
 namespace svdquant::cuda {
+namespace {
 
-const char* gemm_gelu_by_int8(const GeluParams& p, const Launch& launch) {
-  return choose_gelu_type<Int8Product>(p, launch);
-}
+template <class T>
+using Loop = Int4Loop<T, Int8Product>;
+
+}  // namespace
+
+const char* gemm_int4_gelu_wide(const GemmGelu& args, const Launch& launch) { return choose_gelu<Loop>(args, launch); }
 
 }  // namespace svdquant::cuda

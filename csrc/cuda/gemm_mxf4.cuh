@@ -11,6 +11,7 @@ namespace svdquant::cuda {
 
 template <class T>
 struct Mxf4Loop : NvFp4Stages<T> {
+  static constexpr bool kExists = kHasMxf4;
   using NvFp4Stages<T>::NvFp4Stages, NvFp4Stages<T>::place, NvFp4Stages<T>::memory, NvFp4Stages<T>::sums;
 
   // Eight bytes of codes as eight nibbles, in the order of weights in memory.
@@ -79,7 +80,7 @@ struct Mxf4Loop : NvFp4Stages<T> {
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 3) gemm_mxf4_kernel(Gemm p) {
-  if constexpr (kHasMxf4) multiply_tile<T, Mxf4Loop<T>>(p);
+  if constexpr (Mxf4Loop<T>::kExists) multiply_tile<Mxf4Loop<T>>(p);
 }
 
 }  // namespace svdquant::cuda

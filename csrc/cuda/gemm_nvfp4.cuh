@@ -37,12 +37,12 @@ struct NvFp4Loop : NvFp4Stages<T> {
     const uint4* acts = reinterpret_cast<const uint4*>(codes);
     const uint2* weights = reinterpret_cast<const uint2*>(codes + T::kM * kStep);
     const unsigned char* scales = reinterpret_cast<const unsigned char*>(this->scales_of(stage));
-    unsigned b[T::kNs][kGroups][2];
+    unsigned b[T::kNs][kStepGroups][2];
 #pragma unroll
     for (int j = 0; j < T::kNs; ++j) {
       const int column = place.warp_column + 8 * j + place.g;
       const uint2 nibbles = ld_shared(weights + column * 4 + place.t);
-      const unsigned factor = widen_scale(ld_shared(scales + (T::kM + column) * kGroups + place.t));
+      const unsigned factor = widen_scale(ld_shared(scales + (T::kM + column) * kStepGroups + place.t));
       const unsigned words[2] = {nibbles.x, nibbles.y};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {  // even columns 0 4, 2 6; odd columns 1 5, 3 7
@@ -52,12 +52,12 @@ struct NvFp4Loop : NvFp4Stages<T> {
     }
 #pragma unroll
     for (int i = 0; i < T::kMs; ++i) {
-      unsigned a[2][kGroups][2];
+      unsigned a[2][kStepGroups][2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = place.warp_row + 16 * i + 8 * half + place.g;
         const uint4 v = ld_shared(acts + row * 4 + place.t);
-        const unsigned factor = widen_scale(ld_shared(scales + row * kGroups + place.t));
+        const unsigned factor = widen_scale(ld_shared(scales + row * kStepGroups + place.t));
         const unsigned words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int w = 0; w < 2; ++w) {  // the order of columns in which a word of nibbles comes apart
@@ -68,7 +68,7 @@ struct NvFp4Loop : NvFp4Stages<T> {
 #pragma unroll
       for (int j = 0; j < T::kNs; ++j) {
 #pragma unroll
-        for (int w = 0; w < kGroups; ++w) {
+        for (int w = 0; w < kStepGroups; ++w) {
           const unsigned fragment[4] = {a[0][w][0], a[1][w][0], a[0][w][1], a[1][w][1]};
           mma_f16(sums[i][j], fragment, b[j][w]);
         }
@@ -79,7 +79,7 @@ struct NvFp4Loop : NvFp4Stages<T> {
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 2) gemm_nvfp4_kernel(Gemm p) {
-  multiply_tile<T, NvFp4Loop<T>>(p);
+  multiply_tile<NvFp4Loop<T>>(p);
 }
 
 }  // namespace svdquant::cuda

@@ -10,13 +10,15 @@
 
 namespace svdquant::cuda {
 
-constexpr int kGroups = kStep / 16;  // of a row and step: their scales are one word
+constexpr int kStepGroups = kStep / 16;  // of a row and step: their scales are one word
 
-// A loop of run_pipeline without its multiply().
+// A loop of sum_up without its multiply().
 template <class T>
 struct NvFp4Stages {
+  using Shape = T;
+  static constexpr bool kE2M1 = true, kExists = true;
   static constexpr int kScaleRows = T::kM + T::kN;  // activations' rows, then weights'
-  static constexpr int kScaleBytes = kScaleRows * kGroups;
+  static constexpr int kScaleBytes = kScaleRows * kStepGroups;
   static constexpr int kSharedBytes = kStages * (T::kStageBytes + kScaleBytes);
 
   const Gemm& p;
@@ -34,7 +36,7 @@ struct NvFp4Stages {
         words(has_words(args.scales) && has_words(args.weight_scales)) {}
 
   static __device__ __forceinline__ bool has_words(const Floats& scales) {
-    return is_aligned(scales.data, kGroups) && scales.stride % kGroups == 0;
+    return is_aligned(scales.data, kStepGroups) && scales.stride % kStepGroups == 0;
   }
 
   __device__ __forceinline__ char* scales_of(int stage) const {
@@ -47,7 +49,7 @@ struct NvFp4Stages {
     const Floats& from = is_weight ? p.weight_scales : p.scales;
     const int64_t row = is_weight ? place.column0 + slot - T::kM : place.row0 + slot;
     if (row >= (is_weight ? p.n : p.m)) return nullptr;
-    return static_cast<const unsigned char*>(from.data) + row * from.stride + static_cast<int64_t>(step) * kGroups;
+    return static_cast<const unsigned char*>(from.data) + row * from.stride + static_cast<int64_t>(step) * kStepGroups;
   }
 
   __device__ __forceinline__ void copy(int step, int stage) {
@@ -62,13 +64,13 @@ struct NvFp4Stages {
   __device__ __forceinline__ void copy_scales(int step, char* to) {
     if (place.row0 + T::kM <= p.m && place.column0 + T::kN <= p.n) {  // all rows exist
       copy_words<T::kM>(p.scales, place.row0, step, to);
-      copy_words<T::kN>(p.weight_scales, place.column0, step, to + T::kM * kGroups);
+      copy_words<T::kN>(p.weight_scales, place.column0, step, to + T::kM * kStepGroups);
       return;
     }
 #pragma unroll 1
     for (int slot = threadIdx.x; slot < kScaleRows; slot += T::kThreads) {
       const unsigned char* from = scales_at(step, slot);
-      cp_async<kGroups>(to + slot * kGroups, from ? from : p.scales.data, from != nullptr);
+      cp_async<kStepGroups>(to + slot * kStepGroups, from ? from : p.scales.data, from != nullptr);
     }
   }
 
@@ -77,21 +79,23 @@ struct NvFp4Stages {
     static_assert(kRows <= T::kThreads);
     if (threadIdx.x >= kRows) return;
     const char* from = static_cast<const char*>(scales.data) + (row0 + threadIdx.x) * scales.stride;
-    cp_async<kGroups>(to + threadIdx.x * kGroups, from + static_cast<int64_t>(step) * kGroups, true);
+    cp_async<kStepGroups>(to + threadIdx.x * kStepGroups, from + static_cast<int64_t>(step) * kStepGroups, true);
   }
 
   // At any address, and zeros beyond K.
   __device__ __forceinline__ void copy_scales_by_bytes(int step, char* to) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kScaleBytes; i += T::kThreads) {
-      const unsigned char* from = scales_at(step, i / kGroups);
-      const bool exists = from && (static_cast<int64_t>(step) * kGroups + i % kGroups) * 16 < p.k;
-      st_shared(to + i, exists ? static_cast<char>(ld_global(from + i % kGroups)) : '\0');
+      const unsigned char* from = scales_at(step, i / kStepGroups);
+      const bool exists = from && (static_cast<int64_t>(step) * kStepGroups + i % kStepGroups) * 16 < p.k;
+      st_shared(to + i, exists ? static_cast<char>(ld_global(from + i % kStepGroups)) : '\0');
     }
   }
 
-  // One a tensor or one a row.
-  __device__ __forceinline__ void multiply_second_scale() {
+  __device__ __forceinline__ int steps() const { return static_cast<int>(ceil_div(p.k, kStep)); }
+
+  // Times the second scale: one a tensor or one a row.
+  __device__ __forceinline__ void finish() {
     const Floats& second = p.second_scale;
 #pragma unroll
     for (int j = 0; j < T::kNs; ++j) {
@@ -109,16 +113,5 @@ struct NvFp4Stages {
     }
   }
 };
-
-// A tile from the first step to the output.
-template <class T, class Loop>
-__device__ __forceinline__ void multiply_tile(const Gemm& p) {
-  const Place<T> place(p.m);
-  Loop loop(p, place);
-  run_pipeline(loop, static_cast<int>(ceil_div(p.k, kStep)));
-  loop.multiply_second_scale();
-  add_branch<T>(p, place, loop.sums);
-  store_sums<T>(p, place, loop.sums);
-}
 
 }  // namespace svdquant::cuda

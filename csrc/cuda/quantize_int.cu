@@ -4,7 +4,7 @@
 namespace svdquant::cuda {
 
 const char* quantize_int4(const Quantize& args, const Launch& launch) {
-  return choose_quantize<false>(int_params(args), launch);
+  return choose_quantize<false>(quantize_params(args), launch);
 }
 
 }  // namespace svdquant::cuda

@@ -4,7 +4,7 @@
 namespace svdquant::cuda {
 
 const char* quantize_nvfp4(const Quantize& args, const Launch& launch) {
-  return choose_quantize<true>({args, 1.0f / 6, 0, 0}, launch);
+  return choose_quantize<true>(quantize_params(args), launch);
 }
 
 }  // namespace svdquant::cuda

@@ -20,10 +20,11 @@ const char* choose_rank(const QuantizeParams& p, const Launch& launch) {
   return p.args.r > 32 ? run_quantize<kX, kE2M1, 128>(p, launch) : run_quantize<kX, kE2M1, 32>(p, launch);
 }
 
-// Of signed and unsigned int4.
-inline QuantizeParams int_params(const Quantize& args) {
-  const QuantizeParams is_signed = {args, 1.0f / 7, -8, 7}, is_unsigned = {args, 1.0f / 15, 0, 15};
-  return args.kind == Codes::kUint4 ? is_unsigned : is_signed;
+// Of 4-bit codes of any kind.
+inline QuantizeParams quantize_params(const Quantize& args) {
+  if (args.kind == Codes::kE2M1) return {args, 1.0f / 6, 0, 0};
+  if (args.kind == Codes::kUint4) return {args, 1.0f / 15, 0, 15};
+  return {args, 1.0f / 7, -8, 7};
 }
 
 // Why a quantizer cannot run, or nullptr.

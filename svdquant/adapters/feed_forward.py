@@ -1,7 +1,7 @@
 """A GELU between two quantized layers, computed with them, in the host's module that holds all three.
 
 What takes a module's place is another object of a subclass of its class, with the very same children, hooks and
-attributes: names in state dicts, LoRAs, indexing and `isinstance` are as before. It computes through `gemm_int4_gelu`
+attributes: names in state dicts, LoRAs, indexing and `isinstance` are as before. It computes through a fused op
 while all it knows is as it was at load, and leaves the rest to the module's own forward: branches that are no rank,
 weights that are streamed for each step, weight functions, hooks, replaced children, and torch.compile.
 
@@ -12,7 +12,7 @@ wrong block, or, in older hosts, stop it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import linear as core
+from ..kernels.select import FUSED_OPS
 from .layout import Entry
 from .operations import QuantizedLinear, lent_together
 
@@ -41,19 +42,22 @@ BUILDS = {
 }
 
 
-def install(model: nn.Module) -> int:
-    """Put what computes together in the place of every feed-forward that can be computed so; returns how many."""
-    found = list(_feed_forwards(model))
+def install(model: nn.Module, fused: Collection[str] = FUSED_OPS) -> int:
+    """Put what computes together in the place of every feed-forward that can be computed so; returns how many.
+
+    fused   the ops that are worth it
+    """
+    found = list(_feed_forwards(model, fused))
     for name, module in found:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, together(module))
     return len(found)
 
 
-def _feed_forwards(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _feed_forwards(model: nn.Module, fused: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         build = _build(module)
-        if build is not None and _consists_of(module, build) and Known(module, build).fits():
+        if build is not None and _consists_of(module, build) and Known(module, build).op in fused:
             yield name, module
 
 
@@ -76,12 +80,13 @@ class Known:
         self.parts = tuple((path, module.get_submodule(path)) for path in paths)
         self.first, self.second, *self.rest = (part for _, part in self.parts)
 
-    def fits(self) -> bool:
-        """Whether two layers that can be computed at once, of one part each, stand around one GELU by tanh."""
+    @property
+    def op(self) -> str | None:
+        """The fused op of two layers of one part each around one GELU by tanh, None for anything else."""
         active = [part for part in self.rest if not _does_nothing(part)]
         stored = entries(self.first), entries(self.second)
         whole = len(active) == 1 and is_gelu(active[0]) and all(len(parts) == 1 for parts in stored)
-        return whole and core.may_pair(*(parts[0].spec for parts in stored))
+        return core.fused_op(*(parts[0].spec for parts in stored)) if whole else None
 
     def unchanged(self, module: nn.Module) -> bool:
         """Whether the parts are still there, and nobody looks at or wraps what passes between them."""

@@ -19,6 +19,7 @@ from ...loaders.checkpoint import Checkpoint
 from ...loaders.detect import open_checkpoint
 from ..core.weights import LinearWeights
 from ..kernels import ops as kernel_ops
+from ..kernels.select import FUSED_OPS
 from . import activations as widths
 from . import feed_forward, layout, single_block
 from .conventions import straighten
@@ -55,9 +56,10 @@ def load_model(
     progress = comfy.utils.ProgressBar(len(mapped.linears))
     state_dict = make_state_dict(checkpoint, mapped, lambda: progress.update(1), device if wide else None)
     patcher = _build(checkpoint, family, state_dict, ops, disable_dynamic)
-    if ops is kernel_ops and ops.fuses("gemm_int4_gelu", device.type, device.index):
-        feed_forward.install(patcher.model)
-        single_block.install(patcher.model)
+    if ops is kernel_ops:
+        fused = [op for op in FUSED_OPS if ops.fuses(op, device.type, device.index)]
+        feed_forward.install(patcher.model, fused)
+        single_block.install(patcher.model, fused)
     branches.attach(patcher)
     patcher.cached_patcher_init = (load_model, (str(path), ops, activations))
     patcher.set_attachments(branches.KEY, Source(checkpoint.path, checkpoint.dialect, family.name))

@@ -20,7 +20,7 @@ their own and no branches but rank, block and children are as they were at load,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from ..core import tail
 from ..core.deferred import AVAILABLE, Columns, Deferred, Gelu, beside
-from ..core.linear import Branch, may_pair
+from ..core.linear import Branch, fused_op
 from ..core.sharing import Quantized
+from ..kernels.select import FUSED_OPS
 from .feed_forward import entries, is_gelu, untouched
 from .layout import Entry
 from .operations import QuantizedLinear, lent_together
@@ -37,9 +38,12 @@ from .operations import QuantizedLinear, lent_together
 BLOCKS = ("comfy.ldm.flux.layers.SingleStreamBlock",)  # of FLUX.1 and Chroma
 
 
-def install(model: nn.Module) -> int:
-    """Let the two layers of every single block that allows it cooperate; returns how many blocks."""
-    blocks = [module for module in model.modules() if AVAILABLE and _fits(module)]
+def install(model: nn.Module, fused: Collection[str] = FUSED_OPS) -> int:
+    """Let the two layers of every single block that allows it cooperate; returns how many blocks.
+
+    fused   the ops that are worth it
+    """
+    blocks = [module for module in model.modules() if AVAILABLE and _op(module) in fused]
     for block in blocks:
         known = block.linear1, block.mlp_act, block.linear2
         stored = entries(block.linear1), entries(block.linear2)
@@ -48,17 +52,17 @@ def install(model: nn.Module) -> int:
     return len(blocks)
 
 
-def _fits(block: nn.Module) -> bool:
-    """Whether the last parts of both layers are a pair with a GELU between."""
+def _op(block: nn.Module) -> str | None:
+    """The fused op of the last parts of both layers with a GELU between, None if there is none."""
     cls = type(block)
     if f"{cls.__module__}.{cls.__qualname__}" not in BLOCKS or not is_gelu(block.mlp_act):
-        return False
+        return None
     first, second = block.linear1, block.linear2
     one, two = entries(first), entries(second)
     if min(len(one), len(two)) < 2 or any(part.column for part in one) or any(part.row for part in two):
-        return False
+        return None
     alike = first.out_features - one[-1].row == second.in_features - two[-1].column
-    return alike and may_pair(one[-1].spec, two[-1].spec)
+    return fused_op(one[-1].spec, two[-1].spec) if alike else None
 
 
 @dataclass(frozen=True, eq=False)

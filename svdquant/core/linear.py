@@ -146,7 +146,7 @@ def feed_forward(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Two int4 linears with a GELU between, whose activations a kernel need not write down.
+    """Two linears that have a fused op, with a GELU between whose activations a kernel need not write down.
 
     x        [M, K]   bf16 | fp16 | fp32   the activations between are rounded to its dtype
     returns  [M, N]   `dtype`, rounded once; of `second`
@@ -159,12 +159,15 @@ def through_gelu(
     quantized: Quantized, first: LinearWeights, second: LinearWeights, ops: ModuleType, *, dtype: torch.dtype
 ) -> Quantized:
     """The product of what `quantize` made, GELU, and the next linear's input; `dtype` is that between them."""
-    return ops.gemm_int4_gelu(*quantized, first, second, dtype=dtype)
+    op = getattr(ops, fused_op(first.spec, second.spec))
+    return op(*quantized, first, second, dtype=dtype)
 
 
-def may_pair(first: QuantSpec, second: QuantSpec) -> bool:
-    """Whether linears of these specs can be computed so: 4-bit integers, shifted for the second alone."""
-    return first.format == second.format == "int4" and not first.act_shift
+def fused_op(first: QuantSpec, second: QuantSpec) -> str | None:
+    """The op that computes linears of these specs so, None if there is none: both int4, shifted for the second alone,
+    or both nvfp4."""
+    alike = first.format == second.format and first.format in ("int4", "nvfp4")
+    return f"gemm_{first.format}_gelu" if alike and not first.act_shift else None
 
 
 Recall = Callable[[Reader, Callable[[], Quantized]], Quantized]  # Slot.recall for one x
@@ -334,7 +337,8 @@ Layer = tuple[Sequence[Part], Sequence[Branch]]  # a host layer's parts, with it
 
 
 def forward_pair(x: Tensor, first: Layer, second: Layer, ops: ModuleType) -> Tensor | None:
-    """Two host layers of one int4 part each with a GELU between; None where a branch cannot join its part.
+    """Two host layers of one part each with a GELU between; None where no op is fused for the two, or a branch
+    cannot join its part.
 
     x        [..., K]   fp32 | bf16 | fp16
     returns  [..., N]   as x; the bits that `forward`, GELU and `forward` give
@@ -343,6 +347,6 @@ def forward_pair(x: Tensor, first: Layer, second: Layer, ops: ModuleType) -> Ten
     between = flat.new_empty(0, second[0][0].weights.in_features)
     (one, *more), beside = absorb(flat, *first)
     (two, *others), beside_too = absorb(between, *second)
-    if more or others or beside or beside_too:
+    if more or others or beside or beside_too or fused_op(one.weights.spec, two.weights.spec) is None:
         return None
     return _like(x, feed_forward(flat, one.weights, two.weights, ops, dtype=x.dtype))

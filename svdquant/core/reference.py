@@ -200,6 +200,31 @@ def gemm_nvfp4(
     return finished(y, weights.bias, dtype=dtype, out=out, addend=addend)
 
 
+def gemm_nvfp4_gelu(
+    codes: Tensor,
+    scales: Tensor,
+    hidden: Tensor,
+    weights: LinearWeights,
+    following: LinearWeights,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """NVFP4 GEMM, GELU by tanh, and the activations of the NVFP4 layer that follows: gemm_nvfp4 to quantize_nvfp4.
+
+    codes      [M, K]      uint8   e2m1
+    scales     [M, K/16]   e4m3
+    hidden     [M, R]      fp32
+    following              nvfp4; its K is the N of `weights`. Its second scale belongs to its weight alone.
+    dtype                  of the activations between, which are rounded before the GELU and after it
+    returns
+      codes    [M, N]      uint8   e2m1
+      scales   [M, N/16]   e4m3
+      hidden   [M, R']     fp32
+    """
+    x = gelu(gemm_nvfp4(codes, scales, hidden, weights, dtype=dtype), approximate="tanh")
+    return quantize_nvfp4(x, following.smooth, following.down)
+
+
 def gemm_int8(
     codes: Tensor,
     scales: Tensor,

@@ -82,6 +82,20 @@ def gemm_int4_gelu(
     return quantize_int4_unsigned(y, following.smooth, following.down, following.spec.act_shift)
 
 
+def gemm_nvfp4_gelu(
+    x: Tensor,
+    scales: None,
+    hidden: Tensor,
+    weights: LinearWeights,
+    following: LinearWeights,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, None, Tensor]:
+    """The product and GELU by tanh; the hidden values of the NVFP4 layer that follows."""
+    y = gelu(_gemm(x, scales, hidden, weights, dtype=dtype), approximate="tanh")
+    return quantize_nvfp4(y, following.smooth, following.down)
+
+
 def gemv_awq(
     x: Tensor,
     weights: LinearWeights,

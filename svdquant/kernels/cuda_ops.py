@@ -7,6 +7,7 @@ Nothing waits for the device, and nothing is allocated but results and copies of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -34,6 +35,17 @@ from .structs import KINDS, Floats, Gemm, GemmGelu, GemmInt8, Gemv, Quantize
 GROUPS = {"int4": 64, "int4-unsigned": 64, "nvfp4": 16, "int8": 16}  # columns that K must be a multiple of
 _Quantized = tuple[Tensor, Tensor, Tensor]
 _Some = Tensor | None
+
+
+@dataclass(frozen=True)
+class Following:
+    """The layer behind a fused product: the kind of its activations, its tensors, its shift, and x's dtype."""
+
+    kind: str
+    smooth: Tensor
+    down: Tensor
+    shift: float
+    dtype: torch.dtype
 
 
 class CudaOps:
@@ -135,31 +147,57 @@ class CudaOps:
 
     def gemm_int4_gelu(self, codes: Tensor, scales: Tensor, hidden: Tensor, *rest: Any) -> _Quantized:
         """`rest`: weight_codes, weight_scales, up, bias, next_smooth, next_down, next_shift, dtype, spelling."""
-        weight_codes, weight_scales, up, bias, smooth, down, shift, dtype, spelling = rest
+        *weight, up, bias, smooth, down, shift, dtype, spelling = rest
+        then = Following("int4-unsigned" if shift else "int4", smooth, down, shift, dtype)
+        check_types(torch.int8, codes=codes)
+        return self._gemm_gelu("int4", (codes, scales, hidden), *weight, None, up, bias, then, spelling)
+
+    def gemm_nvfp4_gelu(self, codes: Tensor, scales: Tensor, hidden: Tensor, *rest: Any) -> _Quantized:
+        """`rest`: weight_codes, weight_scales, second_scale, up, bias, next_smooth, next_down, dtype, spelling."""
+        *weight, up, bias, smooth, down, dtype, spelling = rest
+        then = Following("nvfp4", smooth, down, 0.0, dtype)
+        return self._gemm_gelu("nvfp4", (codes, scales, hidden), *weight, up, bias, then, spelling)
+
+    def _gemm_gelu(
+        self,
+        kind: str,
+        activations: _Quantized,
+        weight_codes: Tensor,
+        weight_scales: Tensor,
+        second_scale: _Some,
+        up: Tensor,
+        bias: _Some,
+        then: Following,
+        spelling: str,
+    ) -> _Quantized:
+        codes, scales, hidden = activations
         check_packed(weight_codes)
         there = dict(scales=scales, hidden=hidden, weight_codes=weight_codes, weight_scales=weight_scales)
-        check_devices(codes, **there, up=up, bias=bias, next_smooth=smooth, next_down=down)
-        check_types(torch.int8, codes=codes)
+        there |= dict(
+            second_scale=second_scale, up=up, bias=bias, next_smooth=then.smooth, next_down=then.down
+        )
+        check_devices(codes, **there)
         kept = Kept()
-        args = _product(kept, "int4", (codes, scales, hidden), weight_codes, weight_scales, up, bias)
-        m, n, group, r = args.m, args.n, GROUPS["int4"], down.shape[0]
+        args = _product(kept, kind, activations, weight_codes, weight_scales, up, bias)
+        m, n, group, r = args.m, args.n, GROUPS[kind], then.down.shape[0]
         if n % group:
             raise ValueError(f"weight_codes: expected rows in groups of {group}, got {n}")
-        check_shape(smooth, "next_smooth", n)
-        check_shape(down, "next_down", r, n)
-        kind = "int4-unsigned" if shift else "int4"
+        check_shape(then.smooth, "next_smooth", n)
+        check_shape(then.down, "next_down", r, n)
         made = (
-            codes.new_empty(m, n, dtype=torch.uint8 if shift else torch.int8),
-            codes.new_empty(m, n // group, dtype=dtype),
+            codes.new_empty(m, n, dtype=torch.int8 if then.kind == "int4" else torch.uint8),
+            codes.new_empty(m, n // group, dtype=torch.float8_e4m3fn if kind == "nvfp4" else then.dtype),
             hidden.new_empty(m, r),
         )
         if m and n:
-            x = args.out.dtype = number_of(dtype, "dtype")
-            factors = kept.vector(smooth, "next_smooth"), kept.matrix(down, "next_down"), shift
+            args.second_scale = kept.factor(second_scale, n)
+            x = args.out.dtype = number_of(then.dtype, "dtype")
+            factors = kept.vector(then.smooth, "next_smooth"), kept.matrix(then.down, "next_down")
             outputs = (t.data_ptr() for t in made)
-            fused = GemmGelu(args, Quantize(KINDS[kind], m, n, r, Floats(None, x), *factors, *outputs))
+            behind = Quantize(KINDS[then.kind], m, n, r, Floats(None, x), *factors, then.shift, *outputs)
+            fused = GemmGelu(args, behind)
             scratch = partial(kept.scratch, hidden)
-            start = partial(launches.gemm_gelu, spelling, args=fused, kind=kind, scratch=scratch)
+            start = partial(launches.gemm_gelu, spelling, args=fused, kind=then.kind, scratch=scratch)
             self._launch(codes, spelling, lambda card: start(card.arch))
         return made
 

@@ -191,23 +191,34 @@ def _quantize_params(kind: str, args: Quantize) -> QuantizeParams:
 # ---- a product, GELU and the next layer's quantizer ----
 
 
-def _fused(multiplied_by: str, dtype: str) -> Product:
-    return _product("gemm_int4_gelu", f"gemm_gelu_kernel<{{}}, {multiplied_by}, DType::{dtype}>", _int4_bytes)
+_INT4_LOOP, _INT8_LOOP = "Int4Loop<{}, Int4Product<false>>", "Int4Loop<{}, Int8Product>"
 
 
-FUSED = {  # spelling -> 16-bit type of activations -> product
-    "gelu_s4": {dtype: _fused("Int4Product<false>", dtype) for dtype in ("kF16", "kBF16")},
-    "gelu_sm75": {"kF16": _fused("Int4Product<false>", "kF16")},
-    "gelu_s8": {dtype: _fused("Int8Product", dtype) for dtype in ("kF16", "kBF16")},
+def _fused(loop: str, shared_bytes: Callable[[Tile], int], dtypes: str = "kF16 kBF16") -> dict[str, Product]:
+    kernels = {dtype: f"gemm_gelu_kernel<{loop}, DType::{dtype}>" for dtype in dtypes.split()}
+    return {dtype: _product("gemm_gelu", name, shared_bytes) for dtype, name in kernels.items()}
+
+
+FUSED = {  # format of both layers -> spelling -> 16-bit type of activations -> product
+    "int4": {
+        "gelu_s4": _fused(_INT4_LOOP, _int4_bytes),
+        "gelu_sm75": _fused(_INT4_LOOP, _int4_bytes, "kF16"),
+        "gelu_s8": _fused(_INT8_LOOP, _int4_bytes),
+    },
+    "nvfp4": {
+        "gelu_mxf4": _fused("Mxf4Loop<{}>", _nvfp4_bytes),
+        "gelu_f16": _fused("NvFp4Loop<{}>", _nvfp4_bytes),
+    },
 }
-ADD_PARTS = Kernel("gemm_int4_gelu", "add_parts_kernel<256>", 256, 0)
+ADD_PARTS = Kernel("gemm_gelu", "add_parts_kernel<256>", 256, 0)
 
 
 def gemm_gelu(spelling: str, arch: int, args: GemmGelu, kind: str, scratch: Scratch) -> Iterator[Start]:
     """W4A4, GELU and the quantizer of activations of a kind; hidden values in parts first where blocks share a row."""
     product, following = args.product, args.next
     _check_fused(arch, product, following)
-    found = FUSED.get(spelling, {}).get(_halves(following.x.dtype, arch))
+    spellings = FUSED["nvfp4" if kind == "nvfp4" else "int4"]
+    found = spellings.get(spelling, {}).get(_halves(following.x.dtype, arch))
     if found is None:
         raise Refused("it has no such product")
     chosen = found.tiled(product)
@@ -230,7 +241,7 @@ def _check_fused(arch: int, product: Gemm, following: Quantize) -> None:
         raise Refused("down must be of the activations' type")
     if product.n % 64:
         raise Refused("N must be a multiple of 64")
-    if product.kind != KINDS["int4"]:
+    if product.kind == KINDS["int4-unsigned"]:
         raise Refused("the first layer's codes must be signed")
 
 
@@ -259,13 +270,21 @@ def gemv(args: Gemv) -> Start:
 # ---- all there are ----
 
 
+def _fused_products(arch: int) -> Iterator[Product]:
+    names = ["gelu_s8", "gelu_f16"] if arch >= 80 else ["gelu_sm75"]
+    names += ["gelu_s4"] if 80 <= arch < 90 else []
+    names += ["gelu_mxf4"] if arch // 10 == 12 else []
+    every = FUSED["int4"] | FUSED["nvfp4"]
+    for name in names:
+        yield from every[name].values()
+
+
 def kernels(arch: int) -> Iterator[Kernel]:
     """Those that a card of compute capability arch / 10 can run."""
     products = [INT4_WIDE, INT8, NVFP4]
     products += [INT4, UINT4] if arch < 90 else []
     products += [MXF4] if arch // 10 == 12 else []
-    fused = ["gelu_s8"] if arch >= 90 else ["gelu_s4", "gelu_s8"] if arch >= 80 else ["gelu_sm75"]
-    products += [product for spelling in fused for product in FUSED[spelling].values()]
+    products += _fused_products(arch)
     for product in products:
         yield from (product.large.kernel, product.small.kernel)
     yield from hopper.kernels() if arch == 90 else ()

@@ -27,6 +27,8 @@ _QUANTIZED = "(Tensor codes, Tensor scales, Tensor hidden)"
 _ACTS = "Tensor x, Tensor smooth, Tensor down"
 _CODES = "Tensor codes, Tensor scales, Tensor hidden, Tensor weight_codes, Tensor weight_scales"
 _OUTPUT = "Tensor? bias, Tensor? addend, Tensor(a!) out, str spelling) -> ()"
+_NEXT = "Tensor? bias, Tensor next_smooth, Tensor next_down"
+_FUSED = f"ScalarType dtype, str spelling) -> {_QUANTIZED}"
 SCHEMAS = (
     "spellings(Tensor device) -> str",
     f"quantize_int4({_ACTS}, str spelling) -> {_QUANTIZED}",
@@ -34,9 +36,9 @@ SCHEMAS = (
     f"quantize_nvfp4({_ACTS}, str spelling) -> {_QUANTIZED}",
     f"quantize_int8({_ACTS}, float shift, str spelling) -> {_QUANTIZED}",
     f"gemm_int4({_CODES}, Tensor up, {_OUTPUT}",
-    f"gemm_int4_gelu({_CODES}, Tensor up, Tensor? bias, Tensor next_smooth, Tensor next_down, float next_shift, "
-    f"ScalarType dtype, str spelling) -> {_QUANTIZED}",
+    f"gemm_int4_gelu({_CODES}, Tensor up, {_NEXT}, float next_shift, {_FUSED}",
     f"gemm_nvfp4({_CODES}, Tensor second_scale, Tensor up, {_OUTPUT}",
+    f"gemm_nvfp4_gelu({_CODES}, Tensor second_scale, Tensor up, {_NEXT}, {_FUSED}",
     f"gemm_int8({_CODES}, Tensor up, {_OUTPUT}",
     f"gemv_awq(Tensor x, Tensor weight_codes, Tensor weight_scales, Tensor zeros, {_OUTPUT}",
 )
@@ -59,14 +61,16 @@ def _fake_product(*_) -> None:
     """Nothing: a product writes into the output that it is given."""
 
 
-def _fake_gemm_gelu(codes, scales, hidden, weight_codes, *rest):
+def _fake_gemm_int4_gelu(codes, scales, hidden, weight_codes, *rest):
     *_, down, shift, dtype, _spelling = rest
-    m, n = codes.shape[0], weight_codes.shape[0]
-    return (
-        hidden.new_empty(m, n, dtype=torch.uint8 if shift else torch.int8),
-        hidden.new_empty(m, n // 64, dtype=dtype),
-        hidden.new_empty(m, down.shape[0]),
-    )
+    x = hidden.new_empty(codes.shape[0], weight_codes.shape[0], dtype=dtype)
+    return _fake_quantize(x, down, 64, torch.uint8 if shift else torch.int8, dtype)
+
+
+def _fake_gemm_nvfp4_gelu(codes, scales, hidden, weight_codes, *rest):
+    *_, down, dtype, _spelling = rest
+    x = hidden.new_empty(codes.shape[0], weight_codes.shape[0], dtype=dtype)
+    return _fake_quantize(x, down, 16, torch.uint8, torch.float8_e4m3fn)
 
 
 _FAKES = {
@@ -81,7 +85,8 @@ _FAKES = {
         x, down, None, torch.int8, torch.float32
     ),
     **dict.fromkeys(("gemm_int4", "gemm_nvfp4", "gemm_int8", "gemv_awq"), _fake_product),
-    "gemm_int4_gelu": _fake_gemm_gelu,
+    "gemm_int4_gelu": _fake_gemm_int4_gelu,
+    "gemm_nvfp4_gelu": _fake_gemm_nvfp4_gelu,
 }
 
 
@@ -250,10 +255,8 @@ class OpSet:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """W4A4 GEMM, GELU and the next layer's activations; see core.reference.gemm_int4_gelu."""
         w, then, shift = weights, following, following.spec.act_shift
-        spelling = select.APART
-        if self._may_fuse(codes, scales, w, then, dtype):
-            spelling = self._choose("gemm_int4_gelu", codes, dtype)
-        if spelling != select.APART:
+        spelling = self._choose_fused("gemm_int4_gelu", codes, scales, w, then, dtype)
+        if spelling != select.APART and codes.dtype == torch.int8:
             return torch.ops.svdquant.gemm_int4_gelu(
                 *(codes, scales, hidden, w.codes, w.scales, w.up, w.bias),
                 *(then.smooth, then.down, shift, dtype, spelling),
@@ -263,14 +266,21 @@ class OpSet:
             return self.quantize_int4_unsigned(x, then.smooth, then.down, shift)
         return self.quantize_int4(x, then.smooth, then.down)
 
-    @staticmethod
-    def _may_fuse(
-        codes: Tensor, scales: Tensor | None, w: LinearWeights, following: LinearWeights, dtype: torch.dtype
-    ) -> bool:
-        """Whether it is what the fused kernels are written for: signed codes, usual groups, one 16-bit dtype."""
-        usual = w.spec.group == following.spec.group == select.GROUPS["gemm_int4"]
+    def _choose_fused(
+        self,
+        op: str,
+        codes: Tensor,
+        scales: Tensor | None,
+        w: LinearWeights,
+        following: LinearWeights,
+        dtype: torch.dtype,
+    ) -> str:
+        """The spelling of what the fused kernels are written for: whole tiles, usual groups, one 16-bit dtype."""
+        usual = w.spec.group == following.spec.group == select.GROUPS[op]
         one_dtype = following.rank == 0 or following.down.dtype == dtype
-        return scales is not None and codes.dtype == torch.int8 and usual and one_dtype
+        whole = w.out_features % select.FUSED_ROWS == 0
+        fits = scales is not None and usual and one_dtype and whole
+        return self._choose(op, codes, dtype) if fits else select.APART
 
     def gemm_nvfp4(
         self,
@@ -286,6 +296,27 @@ class OpSet:
         """NVFP4 GEMM with branch and bias; see core.reference.gemm_nvfp4."""
         quantized = codes, scales, hidden
         return self._product("gemm_nvfp4", quantized, weights, dtype, out, addend, weights.second_scale)
+
+    def gemm_nvfp4_gelu(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        hidden: Tensor,
+        weights: LinearWeights,
+        following: LinearWeights,
+        *,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """NVFP4 GEMM, GELU and the next layer's activations; see core.reference.gemm_nvfp4_gelu."""
+        w, then = weights, following
+        spelling = self._choose_fused("gemm_nvfp4_gelu", codes, scales, w, then, dtype)
+        if spelling != select.APART:
+            return torch.ops.svdquant.gemm_nvfp4_gelu(
+                *(codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias),
+                *(then.smooth, then.down, dtype, spelling),
+            )
+        x = gelu(self.gemm_nvfp4(codes, scales, hidden, w, dtype=dtype), approximate="tanh")
+        return self.quantize_nvfp4(x, then.smooth, then.down)
 
     def gemm_int8(
         self,
@@ -330,6 +361,7 @@ quantize_int8 = _default.quantize_int8
 gemm_int4 = _default.gemm_int4
 gemm_int4_gelu = _default.gemm_int4_gelu
 gemm_nvfp4 = _default.gemm_nvfp4
+gemm_nvfp4_gelu = _default.gemm_nvfp4_gelu
 gemm_int8 = _default.gemm_int8
 gemv_awq = _default.gemv_awq
 

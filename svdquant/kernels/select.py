@@ -23,14 +23,11 @@ GEMMS = ("gemm_int4", "gemm_nvfp4")
 FILE_OPS = (*QUANTIZERS, *GEMMS, "gemv_awq")  # for layers as files hold them
 INT8_OPS = ("quantize_int8", "gemm_int8")
 LAYER_OPS = (*FILE_OPS, *INT8_OPS)  # each a part of one layer
-FUSED_OPS = ("gemm_int4_gelu",)
+FUSED_OPS = tuple(f"{op}_gelu" for op in GEMMS)  # each begins with the product that it is named after
+FUSED_ROWS = 64  # of the first weight, in whole tiles of which its outputs must come
 OPS = (*LAYER_OPS, *FUSED_OPS)
 # Columns a scale; gemv_awq takes multiples, int8 has one for the whole row.
-GROUPS = (
-    {op: 16 if op.endswith("nvfp4") else 64 for op in FILE_OPS}
-    | dict.fromkeys(INT8_OPS)
-    | dict.fromkeys(FUSED_OPS, 64)
-)
+GROUPS = {op: 16 if "nvfp4" in op else 64 for op in (*FILE_OPS, *FUSED_OPS)} | dict.fromkeys(INT8_OPS)
 INT4_OPS = ("quantize_int4", "quantize_int4_unsigned", "gemm_int4")
 NVFP4_OPS = ("quantize_nvfp4", "gemm_nvfp4")
 OLDEST_GPU, NEWEST_GPU = (7, 5), (12, 9)
@@ -85,7 +82,7 @@ class Spelling:
     on_request  why it runs only where it is asked for by name, "" if it may be chosen
     library     whether it is in our library, without which it cannot run
     yields      those of its ops that it does only where no other row can, wherever it stands
-    beside      of a fused op: the spelling that must be the one for gemm_int4, "" of any other
+    beside      of a fused op: the spelling that must be the one for its product, "" of any other
     """
 
     name: str
@@ -135,6 +132,14 @@ def unfit(capability: tuple[int, int], name: str) -> str:
 
 
 _HALVES = ("bfloat16", "float16")
+
+
+def _fused(
+    name: str, format: str, needs: Callable[[Device], str], beside: str, dtypes: tuple[str, ...] = _HALVES
+) -> Spelling:
+    return Spelling(name, "cuda", (f"gemm_{format}_gelu",), needs, dtypes, beside=beside)
+
+
 SPELLINGS = (
     Spelling("avx512", "cpu", LAYER_OPS, _feature("avx512")),
     Spelling("avx2", "cpu", LAYER_OPS, _feature("avx2")),
@@ -153,30 +158,11 @@ SPELLINGS = (
     Spelling("mma_s8", "cuda", (*INT4_OPS, *INT8_OPS), _capability(OLDEST_GPU, NEWEST_GPU, "mma.s8")),
     Spelling("mma_f16", "cuda", NVFP4_OPS, _capability(OLDEST_GPU, NEWEST_GPU, "mma.f16")),
     Spelling("gemv", "cuda", ("gemv_awq",), _capability(OLDEST_GPU, NEWEST_GPU, "gemv")),
-    Spelling(
-        "gelu_s4",
-        "cuda",
-        FUSED_OPS,
-        _capability((8, 0), (8, 9), "mma.s4"),
-        _HALVES,
-        beside="mma_s4",
-    ),
-    Spelling(
-        "gelu_sm75",
-        "cuda",
-        FUSED_OPS,
-        _capability((7, 5), (7, 5), "mma.m8n8k32"),
-        _HALVES[1:],
-        beside="mma_sm75",
-    ),
-    Spelling(
-        "gelu_s8",
-        "cuda",
-        FUSED_OPS,
-        _capability((8, 0), NEWEST_GPU, "mma.s8"),
-        _HALVES,
-        beside="mma_s8",
-    ),
+    _fused("gelu_s4", "int4", _capability((8, 0), (8, 9), "mma.s4"), "mma_s4"),
+    _fused("gelu_sm75", "int4", _capability((7, 5), (7, 5), "mma.m8n8k32"), "mma_sm75", _HALVES[1:]),
+    _fused("gelu_s8", "int4", _capability((8, 0), NEWEST_GPU, "mma.s8"), "mma_s8"),
+    _fused("gelu_mxf4", "nvfp4", _capability((12, 0), NEWEST_GPU, "mxf4nvf4 mma"), "mxf4_sm120"),
+    _fused("gelu_f16", "nvfp4", _capability((8, 0), NEWEST_GPU, "mma.f16"), "mma_f16"),
 )
 
 
@@ -229,7 +215,8 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
     limited = request.op == "gemv_awq" and request.wanted != row.name
     too_many = limited and (request.tokens or 0) > MOST_AWQ_TOKENS
     insists = request.wanted in ("off", row.name) or not row.beside
-    product = row.beside if insists else choose(device, replace(request, op="gemm_int4")).spelling
+    first = request.op.removesuffix("_gelu")
+    product = row.beside if insists else choose(device, replace(request, op=first)).spelling
     unbuilt = row.library and bool(device.missing)
     checks = (
         (bool(row.on_request) and request.wanted != row.name, row.on_request),
@@ -243,7 +230,7 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
         (request.dtype not in row.dtypes, f"activations are {request.dtype}"),
         (wrong_group, f"weight groups of {group} instead of {usual}"),
         (too_many, f"more than {MOST_AWQ_TOKENS} tokens"),
-        (product != row.beside, f"gemm_int4 is computed by {product}"),
+        (product != row.beside, f"{first} is computed by {product}"),
     )
     found = [text for wrong, text in checks if wrong]
     lack = "" if unbuilt else row.needs(device)

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..core import int8, reference
+from ..core import int8, linear, reference
 from ..core.weights import AWQ, INT4, INT4_UNSIGNED, NVFP4, LinearWeights, QuantSpec
 
 LIMITS = {  # of the largest error, as a part of the largest number
@@ -56,6 +56,8 @@ CASES = (
     Case(INT4, 520, 9216, 192, 8, torch.bfloat16, eight_bits=True),
     Case(INT4, 19, 128, 192, 24, torch.bfloat16, gelu=True),
     Case(INT4, 130, 2112, 64, 40, torch.float16, gelu=True),
+    Case(NVFP4, 19, 128, 208, 24, torch.bfloat16, gelu=True),
+    Case(NVFP4, 130, 2112, 80, 40, torch.float16, gelu=True),
     Case(AWQ, 1, 70, 1088, 0, torch.bfloat16),
     Case(AWQ, 11, 33, 192, 0, torch.float16),
 )
@@ -100,7 +102,7 @@ def _ops_of(case: Case) -> tuple[str, ...]:
     if case.spec.format == "awq":
         return ("gemv_awq",)
     if case.gelu:
-        return ("gemm_int4_gelu",)
+        return (f"gemm_{case.spec.format}_gelu",)
     kind = "int8" if case.eight_bits else case.spec.format
     unsigned = "_unsigned" if kind == "int4" and case.spec.act_shift else ""
     return f"quantize_{kind}{unsigned}", f"gemm_{kind}"
@@ -114,7 +116,7 @@ def _judge(
     if not set(called) <= set(names):
         return
     if case.gelu:
-        yield from _judge_gelu(case, seed, ops, device)
+        yield from ((called[0], fault) for fault in _judge_gelu(case, seed, ops, device))
         return
     x, weights = _inputs(case, torch.Generator().manual_seed(seed))
     there = _moved(weights, device)
@@ -142,18 +144,23 @@ def _wrong_as_part(product: Callable[..., Tensor], dtype: torch.dtype, want: Ten
     return _far(wide[:, 3 : 3 + n], 2 * want.cpu())
 
 
-def _judge_gelu(case: Case, seed: int, ops: ModuleType, device: torch.device) -> Iterator[tuple[str, str]]:
+def _judge_gelu(case: Case, seed: int, ops: ModuleType, device: torch.device) -> Iterator[str]:
     """Sums in another order round some activations to their other neighbour, so codes may be one off, but few."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, op = torch.Generator().manual_seed(seed), _ops_of(case)[0]
     x, weights = _inputs(case, generator)
-    _, following = _inputs(replace(case, spec=INT4_UNSIGNED, n=64, k=case.n), generator)
-    inputs = reference.quantize_int4(x, weights.smooth, weights.down)
-    want = reference.gemm_int4_gelu(*inputs, weights, following, dtype=case.dtype)
+    then = INT4_UNSIGNED if case.spec == INT4 else case.spec
+    _, following = _inputs(replace(case, spec=then, n=64, k=case.n), generator)
+    inputs = linear.quantize(x, weights, reference)
+    want = getattr(reference, op)(*inputs, weights, following, dtype=case.dtype)
     layers = _moved(weights, device), _moved(following, device)
-    got = ops.gemm_int4_gelu(*(t.to(device) for t in inputs), *layers, dtype=case.dtype)
-    yield "gemm_int4_gelu", _neighbours(got[0], want[0])
-    for mine, right in zip(got[1:], want[1:], strict=True):
-        yield "gemm_int4_gelu", _far(mine, right.float(), LIMITS[case.dtype])
+    got = getattr(ops, op)(*(t.to(device) for t in inputs), *layers, dtype=case.dtype)
+    if then == NVFP4:
+        yield _neighbours(got[0], want[0], "codes", _e2m1_in_order)
+        yield _neighbours(got[1], want[1], "scales", _e4m3_in_order)
+    else:
+        yield _neighbours(got[0], want[0], "codes", Tensor.int)
+        yield _far(got[1], want[1].float(), LIMITS[case.dtype])
+    yield _far(got[2], want[2], LIMITS[case.dtype])
 
 
 def _moved(weights: LinearWeights, device: torch.device) -> LinearWeights:
@@ -193,13 +200,24 @@ def _different(got: Tensor, want: Tensor, what: str) -> str:
     return f"gave {wrong} of {want.numel()} {what} wrong" if wrong else ""
 
 
-def _neighbours(got: Tensor, want: Tensor) -> str:
-    """Whether codes are right but for one in a hundred, and no code further off than one."""
+def _neighbours(got: Tensor, want: Tensor, what: str, in_order: Callable[[Tensor], Tensor]) -> str:
+    """Whether numbers are right but for one in a hundred, and none further off than to its neighbour."""
     if (got.dtype, got.shape) != (want.dtype, want.shape):
-        return _different(got, want, "codes")
-    apart = (got.cpu().int() - want.int()).abs()
+        return _different(got, want, what)
+    apart = (in_order(got.cpu()) - in_order(want)).abs()
     wrong, most = int((apart > 0).sum()), int(apart.max())
-    return f"gave {wrong} of {want.numel()} codes wrong" if most > 1 or wrong > want.numel() // 100 else ""
+    return f"gave {wrong} of {want.numel()} {what} wrong" if most > 1 or wrong > want.numel() // 100 else ""
+
+
+def _e2m1_in_order(codes: Tensor) -> Tensor:
+    """Integers of which neighbours differ by one; both zeros are one number."""
+    magnitudes = codes.int() & 7
+    return torch.where(codes > 7, -magnitudes, magnitudes)
+
+
+def _e4m3_in_order(scales: Tensor) -> Tensor:
+    """The same of scales, which are not negative."""
+    return scales.view(torch.uint8).int()
 
 
 def _far(got: Tensor, want: Tensor, limit: float | None = None) -> str:

@@ -49,7 +49,7 @@ Gemm = _struct(
     out=Output,
 )
 GemmGelu = _struct("GemmGelu", product=Gemm, next=Quantize)
-GeluParams = _struct(  # of csrc/cuda/gemm_int4_gelu.cuh
+GeluParams = _struct(  # of csrc/cuda/gemm_gelu.cuh
     "GeluParams", product=Gemm, next=QuantizeParams, parts=_POINTER, walk=ctypes.c_int32
 )
 PartsParams = _struct("PartsParams", parts=_POINTER, sums=_POINTER, count=_SIZE, size=_SIZE)

@@ -63,12 +63,12 @@ def test_one_linear_of_each_format(name, dtype):
     assert_close(y, layers.forward(x, w), "fp32_sum")
 
 
-@pytest.mark.parametrize("following", ["int4", "int4-unsigned"])
+@pytest.mark.parametrize("following", ["int4", "int4-unsigned", "nvfp4"])
 @pytest.mark.parametrize("dtype", layers.DTYPES)
 def test_feed_forward_is_two_linears_with_a_gelu_between(dtype, following):
     """To the bit: what is between them is rounded as the host's own layers round it."""
     kind = layers.DTYPES[dtype]
-    first = layers.random_linear("int4", 128, 64, 8, dtype=kind)
+    first = layers.random_linear(following.removesuffix("-unsigned"), 128, 64, 8, dtype=kind)
     second = layers.random_linear(following, 40, 128, 8, dtype=kind, seed=5)
     x = layers.random(7, 64, seed=9, dtype=kind)
     between = linear.linear(x, first, reference, dtype=kind)
@@ -77,11 +77,12 @@ def test_feed_forward_is_two_linears_with_a_gelu_between(dtype, following):
     assert torch.equal(linear.feed_forward(x, first, second, reference, dtype=kind), want)
 
 
-def test_feed_forward_against_exact_arithmetic():
+@pytest.mark.parametrize("names", [("int4", "int4-unsigned"), ("nvfp4", "nvfp4")], ids=" ".join)
+def test_feed_forward_against_exact_arithmetic(names):
     """fp32 activations, with the GELU of the textbook."""
     first, second = (
         layers.random_linear(name, n, k, 8, dtype=torch.float32, seed=n)
-        for name, n, k in (("int4", 64, 128), ("int4-unsigned", 32, 64))
+        for name, n, k in zip(names, (64, 32), (128, 64), strict=True)
     )
     x = layers.random(7, 128, seed=9)
     y = layers.forward(x, first)
@@ -92,11 +93,12 @@ def test_feed_forward_against_exact_arithmetic():
 
 @pytest.mark.parametrize("shape", [(128,), (2, 3, 128), (0, 128)], ids=str)
 @pytest.mark.parametrize("loras", [0, 1], ids=["plain", "with-a-lora"])
-def test_a_pair_of_layers_is_both_forwards_with_the_gelu(shape, loras):
+@pytest.mark.parametrize("names", [("int4", "int4-unsigned"), ("nvfp4", "nvfp4")], ids=" ".join)
+def test_a_pair_of_layers_is_both_forwards_with_the_gelu(names, shape, loras):
     """To the bit, bias and LoRA included."""
     bias = layers.random(64, seed=3, dtype=torch.bfloat16)
-    first = linear.with_bias([part("int4", 64, 128, dtype=torch.bfloat16)], bias)
-    second = [part("int4-unsigned", 96, 64, seed=5, dtype=torch.bfloat16)]
+    first = linear.with_bias([part(names[0], 64, 128, dtype=torch.bfloat16)], bias)
+    second = [part(names[1], 96, 64, seed=5, dtype=torch.bfloat16)]
     one = [branch(ALL, ALL, 64, 128)] * loras
     two = [branch(ALL, ALL, 96, 64, strength=0.5, seed=60)] * loras
     x = layers.random(*shape, seed=9, dtype=torch.bfloat16)
@@ -114,6 +116,9 @@ NO_PAIR = {
     "second-in-parts": ((ONE_PART, []), (TWO_PARTS, [])),
     "difference-on-the-first": ((ONE_PART, DENSE), (ONE_PART, [])),
     "difference-on-the-second": ((ONE_PART, []), (ONE_PART, DENSE)),
+    "of-two-formats": ((ONE_PART, []), ([part("nvfp4", 64, 64)], [])),
+    "of-8-bits": (([part("int8-of-int4", 64, 64)], []), ([part("int8-of-int4", 64, 64)], [])),
+    "first-shifted": (([part("int4-unsigned", 64, 64)], []), (ONE_PART, [])),
 }
 
 

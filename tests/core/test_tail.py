@@ -24,9 +24,10 @@ def part(name, n, k, dtype, *, row=0, column=0, seed=0):
 
 def pair(dtype=torch.bfloat16, heads=1, following="int4-unsigned"):
     """[qkv; mlp], its first part in `heads` rows of parts, and [proj | mlp], each with a bias."""
-    firsts = [part("int4", ATTENTION, K, dtype, row=ATTENTION * i, seed=i) for i in range(heads)]
-    firsts += [part("int4", MLP, K, dtype, row=ATTENTION * heads, seed=20)]
-    seconds = [part("int4", N, ATTENTION, dtype, seed=30)]
+    signed = following.removesuffix("-unsigned")
+    firsts = [part(signed, ATTENTION, K, dtype, row=ATTENTION * i, seed=i) for i in range(heads)]
+    firsts += [part(signed, MLP, K, dtype, row=ATTENTION * heads, seed=20)]
+    seconds = [part(signed, N, ATTENTION, dtype, seed=30)]
     seconds += [part(following, N, MLP, dtype, column=ATTENTION, seed=40)]
     biases = (layers.random(n, seed=50 + n, dtype=dtype) for n in (ATTENTION * heads + MLP, N))
     return [linear.with_bias(parts, bias) for parts, bias in zip((firsts, seconds), biases, strict=True)]
@@ -54,7 +55,7 @@ def attend(qkv):
 
 
 @pytest.mark.parametrize("dtype", layers.DTYPES)
-@pytest.mark.parametrize("following", ["int4", "int4-unsigned"])
+@pytest.mark.parametrize("following", ["int4", "int4-unsigned", "nvfp4"])
 @pytest.mark.parametrize("heads", [1, 3], ids=["qkv", "q-k-v"])
 def test_the_bits_of_each_by_itself(dtype, following, heads):
     kind = layers.DTYPES[dtype]
@@ -144,14 +145,15 @@ def test_a_difference_is_not_taken():
 
 
 SPECS = {
-    "int4": ("int4", "int4", True),
-    "as-published": ("int4", "int4-unsigned", True),
-    "shifted-before": ("int4-unsigned", "int4", False),
-    "nvfp4-behind": ("int4", "nvfp4", False),
-    "awq": ("awq", "awq", False),
+    "int4": ("int4", "int4", "gemm_int4_gelu"),
+    "as-published": ("int4", "int4-unsigned", "gemm_int4_gelu"),
+    "nvfp4": ("nvfp4", "nvfp4", "gemm_nvfp4_gelu"),
+    "shifted-before": ("int4-unsigned", "int4", None),
+    "nvfp4-behind": ("int4", "nvfp4", None),
+    "awq": ("awq", "awq", None),
 }
 
 
-@pytest.mark.parametrize(("one", "two", "may"), SPECS.values(), ids=SPECS)
-def test_which_may_pair(one, two, may):
-    assert linear.may_pair(layers.spec_of(one), layers.spec_of(two)) is may
+@pytest.mark.parametrize(("one", "two", "op"), SPECS.values(), ids=SPECS)
+def test_which_are_fused(one, two, op):
+    assert linear.fused_op(layers.spec_of(one), layers.spec_of(two)) == op

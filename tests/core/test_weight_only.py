@@ -42,10 +42,10 @@ def test_is_more_accurate_than_quantized_activations(name):
     assert errors[0] < errors[1] / 5
 
 
-@pytest.mark.parametrize("second", ["int4", "int4-unsigned"])
+@pytest.mark.parametrize("second", ["int4", "int4-unsigned", "nvfp4"])
 def test_a_gelu_between_two_layers(second):
     w, following = (
-        layers.random_linear("int4", 128, 64, 16),
+        layers.random_linear(second.removesuffix("-unsigned"), 128, 64, 16),
         layers.random_linear(second, 64, 128, 16, seed=2),
     )
     x = layers.random(5, 64, seed=9)

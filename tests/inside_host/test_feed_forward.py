@@ -214,10 +214,11 @@ def test_not_where_nothing_is_won(quantized):
     assert not any(isinstance(module, feed_forward.Together) for module in quantized.model.modules())
 
 
-def test_loaded_so_where_a_kernel_does_it(monkeypatch, quantized, calls):
-    monkeypatch.setattr(ops, "fuses", lambda op, kind, index: op == "gemm_int4_gelu")
+@pytest.mark.parametrize(("fused", "pairs"), [("gemm_int4_gelu", MODULES), ("gemm_nvfp4_gelu", 0)])
+def test_loaded_so_where_a_kernel_does_it(monkeypatch, quantized, calls, fused, pairs):
+    monkeypatch.setattr(ops, "fuses", lambda op, kind, index: op == fused)
     assert torch.equal(sample(load_model(DEMO_INT4)), sample(quantized))
-    assert computed(calls) == STEPS * MODULES
+    assert computed(calls) == STEPS * pairs
 
 
 def test_eight_bits_are_left_alone():
@@ -257,8 +258,15 @@ def sequential(between, first="int4", second="int4-unsigned"):
     return model
 
 
-def test_two_layers_and_their_gelu():
-    assert feed_forward.install(sequential(torch.nn.GELU(approximate="tanh"))) == 1
+PAIRS = {"int4": ("int4", "int4-unsigned"), "int4-signed": ("int4", "int4"), "nvfp4": ("nvfp4", "nvfp4")}
+
+
+@pytest.mark.parametrize("names", PAIRS.values(), ids=PAIRS)
+def test_two_layers_and_their_gelu(names, calls):
+    model, x = sequential(torch.nn.GELU(approximate="tanh"), *names), layers.random(2, 5, 64, seed=3)
+    want = model.mlp(x.to(torch.bfloat16))
+    assert feed_forward.install(model) == 1
+    assert torch.equal(model.mlp(x.to(torch.bfloat16)), want) and computed(calls) == 1
 
 
 def in_training():
@@ -278,7 +286,7 @@ OTHERS = {
     "silu": lambda: sequential(torch.nn.SiLU()),
     "nothing-between": lambda: sequential(torch.nn.Identity()),
     "shifted-before": lambda: sequential(torch.nn.GELU(approximate="tanh"), first="int4-unsigned"),
-    "nvfp4": lambda: sequential(torch.nn.GELU(approximate="tanh"), second="nvfp4"),
+    "two-formats": lambda: sequential(torch.nn.GELU(approximate="tanh"), second="nvfp4"),
     "dropout-that-drops": in_training,
 }
 

@@ -212,12 +212,13 @@ def test_not_where_nothing_is_won(quantized):
     assert all(layer.together is None for layer in linears(quantized.model))
 
 
-def test_loaded_so_where_a_kernel_does_it(monkeypatch, quantized, calls):
-    monkeypatch.setattr(ops, "fuses", lambda op, kind, index: op == "gemm_int4_gelu")
+@pytest.mark.parametrize(("fused", "blocks"), [("gemm_int4_gelu", BLOCKS), ("gemm_nvfp4_gelu", 0)])
+def test_loaded_so_where_a_kernel_does_it(monkeypatch, quantized, calls, fused, blocks):
+    monkeypatch.setattr(ops, "fuses", lambda op, kind, index: op == fused)
     model = load_model(DEMO_INT4)
-    assert sum(layer.together is not None for layer in linears(model.model)) == 2 * BLOCKS
+    assert sum(layer.together is not None for layer in linears(model.model)) == 2 * blocks
     assert torch.equal(sample(model), sample(quantized))
-    assert calls == STEPS * BLOCKS
+    assert calls == STEPS * blocks
 
 
 def test_eight_bits_are_left_alone():

@@ -209,10 +209,7 @@ class Kernels:
         """As core.reference.gemm_*; `product` is int4, int8 or nvfp4: the tensor cores to use."""
         (m, k), n, w = codes.shape, weights.out_features, weights
         out = _poisoned(m, n, dtype=dtype) if out is None else out
-        second = _floats(w.second_scale)
-        if w.second_scale is not None and w.second_scale.numel() == 1:
-            second.stride = 0
-        factors = (_floats(w.scales), second, _floats(w.up), _floats(w.bias), _floats(addend))
+        factors = map(_floats, (w.scales, w.second_scale, w.up, w.bias, addend))
         pointers = _data(codes), _floats(scales), _data(hidden), _data(w.codes)
         args = Gemm(KINDS[kind], m, n, k, w.rank, *pointers, *factors, _output(out))
         read = (codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias, addend)
@@ -231,22 +228,24 @@ class Kernels:
         dtype: torch.dtype = torch.bfloat16,
         walk: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As core.reference.gemm_int4_gelu; `product` is int4 or int8, `walk` how many tiles a block takes."""
+        """As core.reference.gemm_*_gelu; `product` is the tensor cores to use, `walk` how many tiles a block takes."""
         (m, k), n, w, then = codes.shape, weights.out_features, weights, following
-        kind, code_type = ("int4-unsigned", torch.uint8) if then.spec.act_shift else ("int4", torch.int8)
+        in_floats = then.spec.format == "nvfp4"
+        kind = "int4-unsigned" if then.spec.act_shift else then.spec.format
         made = (
-            _poisoned(m, n, dtype=code_type),
-            _poisoned(m, n // 64, dtype=dtype),
+            _poisoned(m, n, dtype=torch.int8 if kind == "int4" else torch.uint8),
+            _poisoned(m, n // then.spec.group, dtype=torch.float8_e4m3fn if in_floats else dtype),
             _poisoned(m, then.rank, dtype=torch.float32),
         )
-        factors = (_floats(w.scales), _floats(None), _floats(w.up), _floats(w.bias), _floats(None))
+        factors = map(_floats, (w.scales, w.second_scale, w.up, w.bias, None))
         pointers = _data(codes), _floats(scales), _data(hidden), _data(w.codes)
-        own = KINDS["int4-unsigned" if codes.dtype == torch.uint8 else "int4"]
+        own = KINDS["nvfp4" if in_floats else "int4-unsigned" if codes.dtype == torch.uint8 else "int4"]
         first = Gemm(own, m, n, k, w.rank, *pointers, *factors, Output(None, DTYPES[dtype], 0))
         floats = Floats(None, DTYPES[dtype], 0), _floats(then.smooth), _floats(then.down)
         behind = Quantize(KINDS[kind], m, n, then.rank, *floats, then.spec.act_shift, *map(_data, made))
         name, rest = ("gemm_gelu_walking", [walk]) if walk else (f"gemm_gelu_by_{product}", [])
-        read = (codes, scales, hidden, w.codes, w.scales, w.up, w.bias, then.smooth, then.down)
+        own_tensors = (w.codes, w.scales, w.second_scale, w.up, w.bias)
+        read = (codes, scales, hidden, *own_tensors, then.smooth, then.down)
         self._call(name, GemmGelu(first, behind), *rest, read=read, written=made)
         return made
 
@@ -368,6 +367,8 @@ class EmulatedOps:
         self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object
     ) -> Tensor:
         return self._kernels().gemm("", "nvfp4", codes, scales, hidden, weights, **to)
+
+    gemm_nvfp4_gelu = gemm_int4_gelu
 
     def quantize_int8(
         self, x: Tensor, smooth: Tensor, down: Tensor, shift: float = 0.0

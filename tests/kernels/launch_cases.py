@@ -158,41 +158,60 @@ def _gelus(arch: int) -> dict[str, Case]:
         "of-no-tokens": (0, 64, 64, 4),
         "of-no-outputs": (3, 0, 64, 4),
     }
-    spellings = ("gelu_s8",) if arch >= 90 else ("gelu_sm75",) if arch < 80 else ("gelu_s4", "gelu_s8")
+    integers = ("gelu_s8",) if arch >= 90 else ("gelu_sm75",) if arch < 80 else ("gelu_s4", "gelu_s8")
+    floats = ("gelu_mxf4",) if arch // 10 == 12 else ()
     found = {}
     for name, shape in shapes.items():
         for dtype in (BF16, F16, F32):
-            for i, spelling in enumerate(spellings):
-                found[f"gelu-{name}-{dtype}-{i}"] = gelu(
-                    shape, dtype, spelling, shift=0.0 if dtype == BF16 else 0.171875
-                )
-    whole = gelu((5, 128, 64, 8), F16, spellings[0])[1]
-    down = whole[8]
-    late = torch.zeros(5 * 64 + 8, dtype=torch.int8)[8:].view(5, 64)
+            for spelling in (*integers, *floats, *(("gelu_f16",) if arch >= 80 else ())):
+                shift = 0.0 if dtype == BF16 else 0.171875
+                found[f"{spelling}-{name}-{dtype}"] = gelu(shape, dtype, spelling, shift)
+    found |= _unusual_gelus(integers[0], codes=0, up=5, bias=6, smooth=7, down=8)
+    if arch >= 80:
+        places = dict(codes=0, second_scale=5, up=6, bias=7, smooth=8, down=9)
+        found |= _unusual_gelus("gelu_f16", **places)
+        found["gelu_f16-part-of-a-tile"] = gelu((5, 80, 64, 8), F16, "gelu_f16")
+    return found
+
+
+def _unusual_gelus(spelling: str, **places: int) -> dict[str, Case]:
+    """Calls in which one tensor is another; places: where it stands among the arguments."""
+    op, whole = gelu((5, 128, 64, 8), F16, spelling)
+    late = torch.zeros(5 * 64 + 8, dtype=whole[0].dtype)[8:].view(5, 64)
     changes = {
-        "codes-not-aligned": (0, late),
-        "down-of-another-dtype": (8, down.float()),
-        "down-by-columns": (8, torch.zeros(128, 8, dtype=F16).t()),
-        "smooth-of-64-bits": (7, torch.ones(128).double()),
-        "without-bias": (6, None),
-        "up-is-a-view": (5, torch.zeros(128, 32)[:, 16:32]),
+        "codes-not-aligned": ("codes", late),
+        "down-of-another-dtype": ("down", whole[places["down"]].float()),
+        "down-by-columns": ("down", torch.zeros(128, 8, dtype=F16).t()),
+        "smooth-of-64-bits": ("smooth", torch.ones(128).double()),
+        "without-bias": ("bias", None),
+        "up-is-a-view": ("up", torch.zeros(128, 32)[:, 16:32]),
+        "a-second-scale-a-row": ("second_scale", torch.ones(128)),
     }
-    for name, (index, value) in changes.items():
-        found[f"gelu-{name}"] = "gemm_int4_gelu", (*whole[:index], value, *whole[index + 1 :])
+    found = {}
+    for name, (which, value) in changes.items():
+        if which in places:
+            at = places[which]
+            found[f"{spelling}-{name}"] = op, (*whole[:at], value, *whole[at + 1 :])
     return found
 
 
 def gelu(shape: tuple[int, ...], dtype: torch.dtype, spelling: str, shift: float = 0.171875) -> Case:
-    """A call with the M, N, K and next R of a shape."""
+    """A call with the M, N, K and next R of a shape; NVFP4 by spellings that are for it, without a shift."""
     m, n, k, r = shape
-    acts = torch.zeros(m, k, dtype=torch.int8), torch.zeros(m, k // 64, dtype=dtype), torch.zeros(m, 16)
+    floats = spelling in ("gelu_mxf4", "gelu_f16")
+    group, codes, scales = (16, torch.uint8, E4M3) if floats else (64, torch.int8, dtype)
+    acts = torch.zeros(m, k, dtype=codes), torch.zeros(m, k // group).to(scales), torch.zeros(m, 16)
     bias, smooth, down = (
         torch.zeros(n, dtype=dtype),
         torch.ones(n, dtype=dtype),
         torch.zeros(r, n, dtype=dtype),
     )
-    weights = _weights(n, k // 2, k // 64, 16, dtype)
-    return "gemm_int4_gelu", (*acts, *weights, bias, smooth, down, shift, dtype, spelling)
+    weight, weight_scales, up = _weights(n, k // 2, k // group, 16, dtype, scales=scales)
+    behind = bias, smooth, down
+    if floats:
+        layer = weight, weight_scales, torch.ones(1), up
+        return "gemm_nvfp4_gelu", (*acts, *layer, *behind, dtype, spelling)
+    return "gemm_int4_gelu", (*acts, weight, weight_scales, up, *behind, shift, dtype, spelling)
 
 
 def _hoppers() -> dict[str, Case]:

@@ -31,7 +31,7 @@ PARAMS = {  # header or name of a kernel -> what it takes, where that is not Gem
     "add_parts_kernel<256>": structs.PartsParams,
     "quantize": structs.QuantizeParams,
     "quantize_int8": structs.QuantizeParams,
-    "gemm_int4_gelu": structs.GeluParams,
+    "gemm_gelu": structs.GeluParams,
     "gemm_w8a8": structs.GemmInt8,
     "gemv_awq": structs.Gemv,
     "hopper_w8a8": structs.W8A8Params,

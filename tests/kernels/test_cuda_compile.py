@@ -40,6 +40,10 @@ INSTRUCTIONS = {
     | on(TURING, "IMMA.8832.S4.S4", "HMMA.1688.F32"),
     "gemm_int4_gelu_wide.cu": on(EVERYWHERE_ELSE, "IMMA.16832.S8.S8", "HMMA.16816.F32", "HMMA.16816.F32.BF16")
     | on(TURING, "IMMA.8816.S8.S8", "HMMA.1688.F32"),
+    "gemm_nvfp4_gelu.cu": on(EVERYWHERE_ELSE, "HMMA.16816.F32", "HMMA.16816.F32.BF16")
+    | on(TURING, "HMMA.1688.F32"),
+    "gemm_mxf4_gelu.cu": on(CARDS)
+    | on(FLOATS, "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X", "HMMA.16816.F32", "HMMA.16816.F32.BF16"),
     "gemm_w8a8.cu": on(EVERYWHERE_ELSE, "IMMA.16832.S8.S8") | on(TURING, "IMMA.8816.S8.S8"),
     "gemm_nvfp4.cu": on(EVERYWHERE_ELSE, "HMMA.16816.F32") | on(TURING, "HMMA.1688.F32"),
     "gemm_mxf4.cu": on(CARDS) | on(FLOATS, "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"),

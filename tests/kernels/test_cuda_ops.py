@@ -24,7 +24,8 @@ emulated = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kern
 SPELLINGS = {"mma_sm75": 75, "mma_s8": 120, "mxf4_sm120": 120, "mma_f16": 75, "gemv": 120}
 SPELLINGS |= dict.fromkeys(("wgmma_e4m3", "wgmma_e4m3_x4", "wgmma_s8", "wgmma_s8_x2"), 90)
 FUSED = {"gelu_sm75": ("int4", 75, torch.float16), "gelu_s4": ("int4", 80, torch.bfloat16)}
-FUSED |= {"gelu_s8": ("int8", 120, torch.bfloat16)}
+FUSED |= {"gelu_s8": ("int8", 120, torch.bfloat16), "gelu_f16": ("nvfp4", 80, torch.bfloat16)}
+FUSED |= {"gelu_mxf4": ("mxf4", 120, torch.float16)}
 
 
 def op_set(arch, spelling, functions=None):
@@ -73,9 +74,10 @@ def test_layer(row, dtype):
 def test_two_layers_around_a_gelu(spelling, at, shape):
     """The same bits as through the C++ launches."""
     product, arch, dtype = at
-    given = test_cuda_gelu.pair(*test_cuda_gelu.SHAPES[shape], dtype)
+    given = test_cuda_gelu.pair(*test_cuda_gelu.SHAPES[shape], dtype, test_cuda_gelu.usual(product))
     want = Kernels(arch).gemm_gelu(product, *given, dtype=dtype)
-    got = op_set(arch, spelling).gemm_int4_gelu(*given, dtype=dtype)
+    op = linear.fused_op(given[-2].spec, given[-1].spec)
+    got = getattr(op_set(arch, spelling), op)(*given, dtype=dtype)
     assert [t.dtype for t in got] == [t.dtype for t in want]
     assert all(map(torch.equal, got, want))
 
@@ -157,16 +159,19 @@ def test_bad_arguments_of_two_layers_are_named(index, value, message):
         cuda_ops.CudaOps(lambda _: card(80, Functions())).gemm_int4_gelu(*given)
 
 
-def test_two_layers_through_torch():
+@pytest.mark.parametrize(
+    ("spelling", "scales"), [("gelu_s4", torch.float16), ("gelu_f16", torch.float8_e4m3fn)], ids=str
+)
+def test_two_layers_through_torch(spelling, scales):
     """torch hands over the dtype as it was given."""
-    _, given = launch_cases.gelu((5, 128, 64, 8), torch.float16, "gelu_s4")
+    op, given = launch_cases.gelu((5, 128, 64, 8), torch.float16, spelling)
     functions = Functions()
     space = cuda_ops.CudaOps(lambda _: card(80, functions))
     ops.declare()
     with torch.library._scoped_library("svdquant", "IMPL") as library:
-        library.impl("gemm_int4_gelu", space.gemm_int4_gelu, "CPU")
-        made = torch.ops.svdquant.gemm_int4_gelu(*given)
-    assert [t.dtype for t in made] == [torch.uint8, torch.float16, torch.float32]
+        library.impl(op, getattr(space, op), "CPU")
+        made = getattr(torch.ops.svdquant, op)(*given)
+    assert [t.dtype for t in made] == [torch.uint8, scales, torch.float32]
     assert len(functions.launched) == 2
 
 
@@ -227,4 +232,5 @@ def test_spellings_of_a_card_are_the_rows_of_the_table(arch):
     rows = [row.name for row in select.SPELLINGS if row.device == "cuda" and not row.needs(here)]
     assert listed == rows
     hopper = {spelling for products in launches.HOPPER.values() for spelling in products}
-    assert set(listed) - {"gemv"} <= launches.PRODUCTS.keys() | launches.FUSED.keys() | hopper
+    fused = {spelling for products in launches.FUSED.values() for spelling in products}
+    assert set(listed) - {"gemv"} <= launches.PRODUCTS.keys() | fused | hopper

@@ -203,72 +203,90 @@ def test_compiles_without_a_break(name):
 # ---- a GELU between two layers, by every kernel for it that the card has ----
 
 
-def fused_rows():
+PAIRS = {  # op -> the formats of its two layers
+    "gemm_int4_gelu": ("int4", "int4-unsigned"),
+    "gemm_nvfp4_gelu": ("nvfp4", "nvfp4"),
+}
+each_pair = pytest.mark.parametrize("op", PAIRS)
+
+
+def fused_rows(op):
     here = ops.device("cuda")
-    rows = [row for row in select.SPELLINGS if row.ops == select.FUSED_OPS and not row.needs(here)]
+    rows = [row for row in select.SPELLINGS if op in row.ops and not row.needs(here)]
     return [row for row in rows if row.name not in here.distrusted]
 
 
-def test_a_fused_kernel_is_chosen_where_its_product_is():
-    product = ops.choose(select.Request("gemm_int4", "float16"), "cuda").spelling
-    fused = ops.choose(select.Request("gemm_int4_gelu", "float16"), "cuda").spelling
-    assert fused == next((row.name for row in fused_rows() if row.beside == product), select.APART)
+def a_pair(op, n, k, ranks, dtype=torch.bfloat16):
+    """Two layers of which one reads what a GELU makes of the other's output."""
+    sizes = (n, k, ranks[0]), (64, n, ranks[1])
+    pair = zip(PAIRS[op], sizes, strict=True)
+    return [on_gpu(layers.random_linear(name, *size, dtype=dtype)) for name, size in pair]
 
 
+def steps(codes, op):
+    """Codes as integers of which neighbours differ by one."""
+    values = codes.int()
+    return torch.where(values > 7, -(values & 7), values) if "nvfp4" in op else values
+
+
+@each_pair
+def test_a_fused_kernel_is_chosen_where_its_product_is(op):
+    product = ops.choose(select.Request(op.removesuffix("_gelu"), "float16"), "cuda").spelling
+    fused = ops.choose(select.Request(op, "float16"), "cuda").spelling
+    assert fused == next((row.name for row in fused_rows(op) if row.beside == product), select.APART)
+
+
+@each_pair
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(
     ("m", "n"),
     [(0, 256), (1, 256), (17, 256), (129, 256), (130, 2112), (4100, 12288)],
     ids=["empty", "m=1", "m=17", "m=129", "large-tile", "flux-with-walks"],
 )
-def test_together_and_apart(m, n, dtype):
+def test_together_and_apart(m, n, dtype, op):
     """The very codes, but for activations at which two compilers' tanh part and bf16 rounds apart: next to none."""
     kind, k = layers.DTYPES[dtype], 256
-    first, then = (
-        on_gpu(layers.random_linear(*a, dtype=kind))
-        for a in (("int4", n, k, 32), ("int4-unsigned", 64, n, 24))
-    )
-    made = ops.quantize_int4(layers.random(m, k, seed=7, dtype=kind).cuda(), first.smooth, first.down)
-    rows = [row for row in fused_rows() if str(kind).removeprefix("torch.") in row.dtypes]
+    first, then = a_pair(op, n, k, (32, 24), kind)
+    made = linear.quantize(layers.random(m, k, seed=7, dtype=kind).cuda(), first, ops)
+    rows = [row for row in fused_rows(op) if str(kind).removeprefix("torch.") in row.dtypes]
     for row in rows:
-        got = ops.OpSet(row.name).gemm_int4_gelu(*made, first, then, dtype=kind)
-        x = torch.nn.functional.gelu(
-            ops.OpSet(row.beside).gemm_int4(*made, first, dtype=kind), approximate="tanh"
-        )
-        want = ops.OpSet(row.beside).quantize_int4_unsigned(x, then.smooth, then.down, then.spec.act_shift)
-        assert got[0].dtype == torch.uint8 and got[1].dtype == kind
-        wrong = (got[0].int() - want[0].int()).abs()
+        got, beside = getattr(ops.OpSet(row.name), op)(*made, first, then, dtype=kind), ops.OpSet(row.beside)
+        x = torch.nn.functional.gelu(linear.multiply(made, first, beside, dtype=kind), approximate="tanh")
+        want = linear.quantize(x, then, beside)
+        assert [t.dtype for t in got] == [t.dtype for t in want]
+        wrong = (steps(got[0], op) - steps(want[0], op)).abs()
         assert not m or (wrong.max() <= 1 and wrong.float().mean() < 1e-4)
-        assert_close(got[1], want[1], f"{dtype}_output")
+        if "nvfp4" in op:  # a scale of 8 bits is the same or its neighbour
+            wrong = (got[1].view(torch.uint8).int() - want[1].view(torch.uint8).int()).abs()
+            assert not m or (wrong.max() <= 1 and wrong.float().mean() < 1e-4)
+        else:
+            assert_close(got[1], want[1], f"{dtype}_output")
         assert_close(got[2], want[2], f"{dtype}_output")
 
 
-def test_fused_kernels_pass_opcheck_and_repeat_themselves():
-    first, then = (
-        on_gpu(layers.random_linear("int4", 256, 128, 16)),
-        on_gpu(layers.random_linear("int4-unsigned", 64, 256, 16)),
+@each_pair
+def test_fused_kernels_pass_opcheck_and_repeat_themselves(op):
+    checks, call = (
+        ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
+        getattr(torch.ops.svdquant, op),
     )
-    made = ops.quantize_int4(
-        layers.random(40, 128, seed=7, dtype=torch.bfloat16).cuda(), first.smooth, first.down
-    )
-    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    for row in fused_rows():
+    for row in fused_rows(op):
         kind = getattr(torch, row.dtypes[0])
-        made_so = made[0], made[1].to(kind), made[2]
-        tensors = *made_so, first.codes, first.scales, first.up, first.bias, then.smooth, then.down.to(kind)
-        arguments = (*tensors, then.spec.act_shift, kind, row.name)
-        op = torch.ops.svdquant.gemm_int4_gelu
-        torch.library.opcheck(op, arguments, test_utils=checks)
-        assert all(torch.equal(a, b) for a, b in zip(op(*arguments), op(*arguments), strict=True))
+        first, then = a_pair(op, 256, 128, (16, 16), kind)
+        made = linear.quantize(layers.random(40, 128, seed=7, dtype=kind).cuda(), first, ops)
+        floats = first.second_scale is not None
+        layer = first.codes, first.scales, *([first.second_scale] if floats else []), first.up, first.bias
+        shift = () if floats else (then.spec.act_shift,)
+        arguments = *made, *layer, then.smooth, then.down, *shift, kind, row.name
+        torch.library.opcheck(call, arguments, test_utils=checks)
+        assert all(torch.equal(a, b) for a, b in zip(call(*arguments), call(*arguments), strict=True))
 
 
-def test_a_fused_layer_inside_a_cuda_graph():
-    first, then = (
-        on_gpu(layers.random_linear("int4", 2112, 128, 16)),
-        on_gpu(layers.random_linear("int4-unsigned", 64, 2112, 16)),
-    )
+@each_pair
+def test_a_fused_layer_inside_a_cuda_graph(op):
+    first, then = a_pair(op, 2112, 128, (16, 16))
     x, other = (layers.random(130, 128, seed=s, dtype=torch.bfloat16).cuda() for s in (7, 8))
-    for row in fused_rows():
+    for row in fused_rows(op):
         if "bfloat16" not in row.dtypes:
             continue
         op_set = Fused(row)

@@ -20,7 +20,7 @@ B200 = Device("cuda", features=frozenset({"block_scaled"}), capability=(10, 0))
 ALONE = Device("cuda", frozenset({"block_scaled"}), (12, 0), missing="no compiler")  # no library of ours
 BROKEN = Device("cuda", capability=(8, 9), missing="the self-test failed")
 INT4, INT8 = Request("gemm_int4", "bfloat16"), Request("gemm_int8", "bfloat16")
-GELU = Request("gemm_int4_gelu", "bfloat16")
+GELU, GELU_FLOATS = Request("gemm_int4_gelu", "bfloat16"), Request("gemm_nvfp4_gelu", "bfloat16")
 
 CHOICES = {  # device, request, spelling
     "best-of-three": (X86, INT4, "avx512"),
@@ -108,6 +108,26 @@ CHOICES = {  # device, request, spelling
     "gelu-on-a-cpu": (X86, GELU, "apart"),
     "gelu-off": (ADA, Request("gemm_int4_gelu", "bfloat16", wanted="off"), "apart"),
     "gelu-without-kernels": (BROKEN, GELU, "apart"),
+    "nvfp4-gelu-on-rtx-50": (RTX50, GELU_FLOATS, "gelu_mxf4"),
+    "nvfp4-gelu-on-rtx-50-of-fp16": (RTX50, Request("gemm_nvfp4_gelu", "float16"), "gelu_mxf4"),
+    "nvfp4-gelu-on-rtx-50-of-fp32": (RTX50, Request("gemm_nvfp4_gelu", "float32"), "apart"),
+    "nvfp4-gelu-beside-torch": (B200, GELU_FLOATS, "apart"),
+    "nvfp4-gelu-without-our-library": (ALONE, GELU_FLOATS, "apart"),
+    "nvfp4-gelu-behind-a-product-that-failed": (
+        Device("cuda", capability=(12, 0), distrusted=frozenset({"mxf4_sm120"})),
+        GELU_FLOATS,
+        "gelu_f16",
+    ),
+    "nvfp4-gelu-that-failed": (
+        Device("cuda", capability=(12, 0), distrusted=frozenset({"gelu_mxf4"})),
+        GELU_FLOATS,
+        "apart",
+    ),
+    "nvfp4-gelu-on-ada": (ADA, GELU_FLOATS, "gelu_f16"),
+    "nvfp4-gelu-on-hopper": (H100, GELU_FLOATS, "gelu_f16"),
+    "nvfp4-gelu-on-turing": (TURING, Request("gemm_nvfp4_gelu", "float16"), "apart"),
+    "nvfp4-gelu-by-name": (RTX50, Request("gemm_nvfp4_gelu", "bfloat16", wanted="gelu_f16"), "gelu_f16"),
+    "nvfp4-gelu-of-group-32": (RTX50, Request("gemm_nvfp4_gelu", "bfloat16", 32), "apart"),
     "gpu-that-may-not": (BROKEN, INT4, "weight_only"),
     "device-without-kernels": (Device("mps"), INT4, "weight_only"),
     "device-without-kernels-exact": (
@@ -153,6 +173,7 @@ REASONS = {  # device, request, spelling, reason
         "this torch has no block-scaled product",
     ),
     "fused-beside-another": (H100, GELU, "gelu_s8", "gemm_int4 is computed by wgmma_e4m3_x4"),
+    "fused-beside-torch": (B200, GELU_FLOATS, "gelu_f16", "gemm_nvfp4 is computed by torch_scaled"),
     "fused-dtype": (TURING, GELU, "gelu_sm75", "activations are bfloat16"),
     "fused-by-another-name": (
         ADA,
@@ -221,6 +242,7 @@ def test_without_a_library_torch_alone_is_tried():
         "mma_f16",
         "gemv",
         "gelu_s8",
+        "gelu_f16",
     ]
 
 
@@ -247,9 +269,9 @@ def test_every_op_is_one_of_the_reference():
 
 
 def test_a_fused_row_stands_beside_a_product():
-    products = {row.name for row in select.SPELLINGS if "gemm_int4" in row.ops}
+    rows = {row.name: row for row in select.SPELLINGS}
     fused = [row for row in select.SPELLINGS if set(row.ops) & set(select.FUSED_OPS)]
-    assert {row.beside for row in fused} <= products
+    assert all(row.ops[0].removesuffix("_gelu") in rows[row.beside].ops for row in fused)
     assert not any(row.beside for row in select.SPELLINGS if row not in fused)
 
 

@@ -11,7 +11,7 @@ import ctypes
 import pytest
 import torch
 
-from svdquant_nodes.svdquant.core import reference
+from svdquant_nodes.svdquant.core import linear, reference
 from svdquant_nodes.tests import layers
 from svdquant_nodes.tests.kernels.emulated import COMPILER, ready
 from svdquant_nodes.tests.kernels.traffic import Counted, excess, report
@@ -49,9 +49,12 @@ def run_gemm_int8(kernels, shape):
 
 def run_gelu(kernels, product, shape):
     m, n, k, r = shape
-    first = layers.random_linear("int4", n, k, r, seed=3)
-    then = layers.random_linear("int4-unsigned", 64, n, r, seed=8)
-    x = reference.quantize_int4(layers.random(m, k, seed=1, dtype=torch.bfloat16), first.smooth, first.down)
+    kinds = ("nvfp4", "nvfp4") if product in ("nvfp4", "mxf4") else ("int4", "int4-unsigned")
+    first, then = (
+        layers.random_linear(kind, *of, seed=3)
+        for kind, of in zip(kinds, ((n, k, r), (64, n, r)), strict=True)
+    )
+    x = linear.quantize(layers.random(m, k, seed=1, dtype=torch.bfloat16), first, reference)
     kernels.gemm_gelu(product, *x, first, then, walk=None)
 
 
@@ -76,6 +79,8 @@ CASES = {
     "gemm_mxf4": (120, lambda k: run_gemm(k, "mxf4", "nvfp4", SMALL)),
     "gelu-large": (80, lambda k: run_gelu(k, "int4", LARGE)),
     "gelu-small": (80, lambda k: run_gelu(k, "int4", SMALL)),
+    "gelu-nvfp4": (80, lambda k: run_gelu(k, "nvfp4", SMALL)),
+    "gelu-mxf4": (120, lambda k: run_gelu(k, "mxf4", LARGE)),
     "quantize_int4": (80, lambda k: run_quantize(k, "int4")),
     "quantize_int4-r128": (80, lambda k: run_quantize(k, "int4", 128)),
     "quantize_int8": (80, lambda k: run_quantize(k, "int8")),
@@ -101,6 +106,7 @@ EXCEPTIONS = {  # access -> times the least, and why that is right
     "store_one: store scales": (8.0, "a scale of each token of a chunk: 2 bytes to 64 of its codes"),
     "store_one: store next scales": (8.0, "likewise"),
     "encode_e2m1: store scales": (8.0, "four scales of each token of a chunk: 4 bytes to 64 of its codes"),
+    "encode_e2m1: store next scales": (8.0, "likewise"),
     "operator(): store scratch": (2.0, "hidden values in a product's order, which the second-level cache keeps"),
 }  # fmt: skip
 
@@ -123,7 +129,15 @@ def test_no_more_than_the_least(case):
 
 
 def test_exceptions_are_needed():
-    cases = ("gemm_int4-small", "gemm_nvfp4", "gelu-large", "gelu-small", "quantize_int4", "quantize_nvfp4")
+    cases = (
+        "gemm_int4-small",
+        "gemm_nvfp4",
+        "gelu-large",
+        "gelu-small",
+        "gelu-nvfp4",
+        "quantize_int4",
+        "quantize_nvfp4",
+    )
     found = {name for case in cases for name in excess(traffic(case))}
     assert not EXCEPTIONS.keys() - found
 

@@ -18,7 +18,10 @@ from svdquant_nodes.tests.kernels.emulated import Kernels, library
 FIRST = ("codes", "scales", "hidden", "weights", "weight scales")
 TENSORS = {  # by the beginning of the function that is called: what it reads, what it writes
     "quantize": (("x", "smooth", "down"), ("codes", "scales", "hidden")),
-    "gemm_gelu": ((*FIRST, "up", "bias", "smooth", "down"), ("next codes", "next scales", "next hidden")),
+    "gemm_gelu": (
+        (*FIRST, "second scale", "up", "bias", "smooth", "down"),
+        ("next codes", "next scales", "next hidden"),
+    ),
     "gemm_w8a8": ((*FIRST, "up", "bias", "addend"), ("out",)),
     "gemm_by": ((*FIRST, "second scale", "up", "bias", "addend"), ("out",)),
     "gemv": (("x", "weights", "weight scales", "zeros", "bias", "addend"), ("out",)),

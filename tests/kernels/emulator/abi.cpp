@@ -44,17 +44,29 @@ const char* gemm_by_int4(const Gemm* args) { return cuda::gemm_int4(*args, cuda:
 const char* gemm_by_int8(const Gemm* args) { return cuda::gemm_int4(*args, cuda::Product::kInt8, {}); }
 const char* gemm_gelu_by_int4(const GemmGelu* args) {
   emulator::Scratch scratch;
-  return cuda::gemm_int4_gelu(*args, cuda::Product::kInt4, scratch.launch(""));
+  return cuda::gemm_int4_gelu(*args, scratch.launch(""));
 }
 const char* gemm_gelu_by_int8(const GemmGelu* args) {
   emulator::Scratch scratch;
-  return cuda::gemm_int4_gelu(*args, cuda::Product::kInt8, scratch.launch(""));
+  return cuda::gemm_int4_gelu_wide(*args, scratch.launch(""));
+}
+const char* gemm_gelu_by_nvfp4(const GemmGelu* args) {
+  emulator::Scratch scratch;
+  return cuda::gemm_nvfp4_gelu(*args, scratch.launch(""));
+}
+const char* gemm_gelu_by_mxf4(const GemmGelu* args) {
+  emulator::Scratch scratch;
+  return cuda::gemm_mxf4_gelu(*args, scratch.launch(""));
 }
 // With as many tiles a block as are asked for; otherwise only large outputs have more than one.
 const char* gemm_gelu_walking(const GemmGelu* args, int walk) {
   emulator::Scratch scratch;
-  const cuda::GeluParams p = {args->product, cuda::int_params(args->next), nullptr, walk};
-  return cuda::run_gemm_gelu<cuda::SmallTile, cuda::Int8Product, DType::kBF16>(p, scratch.launch(""));
+  const cuda::GeluParams p = {args->product, cuda::quantize_params(args->next), nullptr, walk};
+  const Launch launch = scratch.launch("");
+  using Integers = cuda::Int4Loop<cuda::SmallTile, cuda::Int8Product>;
+  using Floats = cuda::NvFp4Loop<cuda::SmallTile>;
+  return args->product.kind == Codes::kE2M1 ? cuda::run_gemm_gelu<Floats, DType::kBF16>(p, launch)
+                                            : cuda::run_gemm_gelu<Integers, DType::kBF16>(p, launch);
 }
 const char* gemm_w8a8(const GemmInt8* args) { return cuda::gemm_int8(*args, {}); }
 const char* gemv(const Gemv* args) { return cuda::gemv_awq(*args, {}); }

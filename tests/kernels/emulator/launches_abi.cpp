@@ -2,7 +2,7 @@
 #include <cstddef>
 
 #include "launches.h"
-#include "gemm_int4_gelu.cuh"
+#include "gemm_gelu.cuh"
 #include "hopper_expand.cuh"
 #include "hopper_w4a4.cuh"
 #include "hopper_w8a8.cuh"

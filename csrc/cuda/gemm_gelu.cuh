@@ -1,13 +1,13 @@
 // W4A4 of one layer, GELU, and the quantizer of the next layer, without the 16-bit activations between them in memory.
 //
-//   what gemm_int4.cuh takes; of the next layer smooth [N], down [R', N]
+//   what gemm_int4.cuh or nvfp4_stages.cuh takes; of the next layer smooth [N], down [R', N]
 //   y = the product, with branch and bias, rounded;  x = gelu(y), rounded
-//   x -> codes [M, N] bytes, scales [M, N/64], hidden [M, R'] fp32
-//   means: core/reference.py gemm_int4_gelu
+//   x -> codes [M, N] bytes, scales [M, N/64] or [M, N/16], hidden [M, R'] fp32
+//   means: core/reference.py gemm_int4_gelu, gemm_nvfp4_gelu
 //
-// A block's tile is 64 columns wide: a group of the next layer. It lays its x into shared memory, where the pipeline's
-// stages are done with, and its warps take it up again as the quantizer's do, 16 tokens by 64 columns each, in the very
-// functions of quantize.cuh:
+// A block's tile is 64 columns wide: a group of the next layer, or four of NVFP4. It lays its x into shared memory, where
+// the pipeline's stages are done with, and its warps take it up again as the quantizer's do, 16 tokens by 64 columns
+// each, in the very functions of quantize.cuh:
 //
 //     sums                         x in shared memory              quantized
 //     +-----------+                +-----------+                   +-----------+  16 tokens
@@ -22,6 +22,8 @@
 #pragma once
 
 #include "gemm_int4.cuh"
+#include "gemm_mxf4.cuh"
+#include "gemm_nvfp4.cuh"
 #include "quantize.cuh"
 
 namespace svdquant::cuda {
@@ -87,7 +89,7 @@ __device__ __forceinline__ void add_hidden(const GeluParams& p, int64_t token0, 
 }
 
 // Codes, scales and the part of hidden values of 16 tokens of the tile.
-template <class T, DType kX>
+template <class T, DType kX, bool kE2M1>
 __device__ __forceinline__ void quantize_gelu(const GeluParams& p, const Place<T>& place, int slice,
                                               const unsigned short* tile, float* part, bool first) {
   const Lane lane;
@@ -104,39 +106,40 @@ __device__ __forceinline__ void quantize_gelu(const GeluParams& p, const Place<T
       to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
     }
   }
-  encode_piece<kX, false>(p.next, piece);
+  encode_piece<kX, kE2M1>(p.next, piece);
   for (int rank0 = 0; rank0 < p.next.args.r; rank0 += 32) add_hidden(p, token0, rank0, lane, piece, part, first);
 }
 
-// One tile: the product, and what becomes of it.
-template <class T, class P, DType kX>
+// One tile: the product, and what becomes of it in the same format.
+template <class Loop, DType kX>
 __device__ __forceinline__ void run_gelu_tile(const GeluParams& p, int column_block, int run, bool first) {
+  using T = typename Loop::Shape;
   const Place<T> place(blockIdx.x % Place<T>::row_blocks(p.product.m), column_block);
   unsigned short* tile = reinterpret_cast<unsigned short*>(shared_memory());
   {
-    Int4Loop<T, P> loop(p.product, place);
-    run_pipeline(loop, loop.steps());
-    add_branch<T>(p.product, place, loop.sums);
+    Loop loop(p.product, place);
+    sum_up(loop);
     lay_out_gelu<T, kX>(p.product, place, loop.sums, tile);
   }
   barrier();
   float* part = p.parts + run * p.product.m * p.next.args.r;
   for (int slice = threadIdx.x / 32; slice < T::kM / kTokens; slice += T::kThreads / 32) {
-    quantize_gelu<T, kX>(p, place, slice, tile, part, first);
+    quantize_gelu<T, kX, Loop::kE2M1>(p, place, slice, tile, part, first);
   }
   barrier();
 }
 
-// Three would fit beside the product alone; with what is done between tiles, some registers would go to memory.
+// Three would fit beside an integer product alone; with what is done between tiles, some registers would go to memory.
 constexpr int kGeluBlocksAtOnce = 2;
 
 // One block a run of tiles in a row of tiles.
-template <class T, class P, DType kX>
-__global__ void __launch_bounds__(T::kThreads, kGeluBlocksAtOnce) gemm_gelu_kernel(GeluParams p) {
-  if constexpr (P::kExists && (kX == DType::kF16 || kHasBf16)) {
+template <class Loop, DType kX>
+__global__ void __launch_bounds__(Loop::Shape::kThreads, kGeluBlocksAtOnce) gemm_gelu_kernel(GeluParams p) {
+  if constexpr (Loop::kExists && (kX == DType::kF16 || kHasBf16)) {
+    using T = typename Loop::Shape;
     const int run = blockIdx.x / Place<T>::row_blocks(p.product.m), tiles = static_cast<int>(p.product.n / T::kN);
     for (int i = 0; i < p.walk && run * p.walk + i < tiles; ++i) {
-      run_gelu_tile<T, P, kX>(p, run * p.walk + i, run, i == 0);
+      run_gelu_tile<Loop, kX>(p, run * p.walk + i, run, i == 0);
     }
   }
 }
