@@ -2,8 +2,8 @@
 #include "cuda_launch.h"
 #include "hopper_expand.cuh"
 #include "hopper_map.cuh"
+#include "hopper_occupancy.cuh"
 #include "hopper_w4a4.cuh"
-#include "run.cuh"
 
 namespace svdquant::cuda {
 

@@ -1,8 +1,8 @@
 // Starting W8A8 on Hopper: its tile, its grid, and the maps of both operands.
 #include "cuda_launch.h"
 #include "hopper_map.cuh"
+#include "hopper_occupancy.cuh"
 #include "hopper_w8a8.cuh"
-#include "run.cuh"
 
 namespace svdquant::cuda {
 

@@ -34,20 +34,6 @@ inline const char* grant_memory(const void* kernel, const Grid& grid) {
   return words(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes));
 }
 
-// Clusters of a kernel, one block an SM, that run at one time: not all SMs have enough others beside them.
-template <class Params>
-int64_t clusters_at_once(void (*kernel)(Params), const Grid& grid, int sms) {
-  if (grid.cluster == 1) return sms;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid.cluster);
-  config.blockDim = dim3(grid.threads);
-  config.dynamicSmemBytes = grid.shared_bytes;
-  int found = 0;
-  const bool granted = !grant_memory(reinterpret_cast<const void*>(kernel), grid);
-  const bool known = granted && !words(cudaOccupancyMaxActiveClusters(&found, kernel, &config));
-  return known && found ? found : ceil_div(sms, grid.cluster);  // what is wrong, the launch will say
-}
-
 template <class Params>
 const char* run(void (*kernel)(Params), const Grid& grid, const Launch& launch, const Params& params) {
   const void* function = reinterpret_cast<const void*>(kernel);
@@ -59,11 +45,6 @@ const char* run(void (*kernel)(Params), const Grid& grid, const Launch& launch, 
 }
 #else
 inline int device_arch() { return SVDQUANT_ARCH; }
-
-template <class Params>
-int64_t clusters_at_once(void (*)(Params), const Grid& grid, int sms) {
-  return ceil_div(sms, grid.cluster);
-}
 
 template <class Params>
 const char* run(void (*kernel)(Params), const Grid& grid, const Launch&, const Params& params) {

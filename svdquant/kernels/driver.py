@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -120,13 +121,17 @@ class Card:
         if kernel.cluster == 1:
             return self.multiprocessors
         if kernel.name not in self._clusters:
-            shape = kernel.cluster, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes
-            config, count = LaunchConfig(*shape), ctypes.c_int()
-            with _Current(self._driver, self._context):
-                asked = ctypes.byref(count), self._known(kernel), ctypes.byref(config)
-                self._driver.call("OccupancyMaxActiveClusters", *asked)
-            self._clusters[kernel.name] = count.value or ceil_div(self.multiprocessors, kernel.cluster)
+            self._clusters[kernel.name] = self._ask_for_clusters(kernel)
         return self._clusters[kernel.name]
+
+    def _ask_for_clusters(self, kernel: Kernel) -> int:
+        """The driver's answer, or an estimate: what is wrong, the launch will say."""
+        shape = kernel.cluster, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes
+        config, count = LaunchConfig(*shape), ctypes.c_int()
+        asked = ctypes.byref(count), self._known(kernel), ctypes.byref(config)
+        with suppress(DriverError), _Current(self._driver, self._context):
+            self._driver.call("OccupancyMaxActiveClusters", *asked)
+        return count.value or ceil_div(self.multiprocessors, kernel.cluster)
 
     def encode(self, matrix: Matrix) -> TensorMap:
         """What the copy engine is told about a matrix, in the driver's own form."""

@@ -232,6 +232,15 @@ def test_clusters_are_counted_once():
     assert functions.called.count("cuOccupancyMaxActiveClusters") == 1
 
 
+def test_clusters_are_estimated_where_the_driver_cannot_say():
+    """As in C++: a launch is none the worse for it, and says itself what is wrong."""
+    functions = Functions(multiprocessors=7, fails={"cuOccupancyMaxActiveClusters": 1})
+    here = card(90, functions)
+    pair, four = (next(k for k in launches.kernels(90) if k.cluster == blocks) for blocks in (2, 4))
+    assert [here.clusters_at_once(kernel) for kernel in (pair, four, pair)] == [4, 2, 4]
+    assert functions.called.count("cuOccupancyMaxActiveClusters") == 2 and functions._contexts == []
+
+
 def test_a_kernel_of_another_card_is_refused():
     floats = launches.MXF4.large.kernel
     with pytest.raises(driver.DriverError, match="gemm_mxf4_kernel<LargeTile> is not for this card"):
