@@ -237,6 +237,7 @@ KERNELS = {
     "gemm_mxf4": Kernel("gemm_mxf4.cu", LARGE, "step", cards=("120a",)),
     "quantize_int": Kernel("quantize_int.cu", "DTypeE1ELb0ELi32", "chunk", r"HMMA|STG|MUFU"),
     "quantize_nvfp4": Kernel("quantize_nvfp4.cu", "DTypeE1ELb1ELi32", "chunk", r"HMMA|STG|MUFU"),
+    "quantize_e4m3": Kernel("quantize_e4m3.cu", "DTypeE1ELi32", "chunk", r"HMMA|STG|MUFU", ("90a",)),
     "gemv_awq": Kernel("gemv_awq.cu", "kernelILi1E", "step", r"LDS"),
 }
 

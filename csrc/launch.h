@@ -19,6 +19,7 @@ enum class Codes : int32_t {
   kUint4,  // 0..15, activations only; group 64
   kE2M1,   // NVFP4; group 16, e4m3 scales
   kInt8,   // -127..127, one fp32 scale a token: activations of an 8-bit layer
+  kE4M3,   // either kind of int4, each integer as an e4m3 number, for a product that takes no other; group 64
 };
 
 // Columns that share a scale, which divide K; an 8-bit layer has one for the whole row, in pieces of 16 for vectors' sake.
@@ -59,17 +60,18 @@ struct Quantize {
   Floats smooth;  // [K]
   Floats down;    // [R, K]
   float shift;    // added to x before smoothing, kUint4 and kInt8 only
-  void* codes;    // [M, K]     int8 | uint8
-  void* scales;   // [M, G]     x's dtype, e4m3, or fp32 [M]
+  void* codes;    // [M, K]     int8 | uint8, or e4m3 where the spelling carries integers so
+  void* scales;   // [M, G]     x's dtype, e4m3, or fp32 [M]; beside integers carried by e4m3 fp32 [G, scale_row]
   float* hidden;  // [M, R]
+  int64_t scale_row = 0;  // from one group's scales to the next group's
 };
 
 // means: core/reference.py gemm_int4, gemm_nvfp4
 struct Gemm {
   Codes kind;  // of activations; kInt8 has a struct of its own
   int64_t m, n, k, r;
-  const void* codes;            // [M, K]     int8 | uint8, contiguous
-  Floats scales;                // [M, G]
+  const void* codes;            // [M, K]     int8 | uint8 | e4m3, contiguous
+  Floats scales;                // [M, G]; of kE4M3 fp32 [G, M], rows at multiples of 16 bytes
   const float* hidden;          // [M, R]     contiguous
   const uint8_t* weight_codes;  // [N, K/2]   contiguous
   Floats weight_scales;         // [N, G]
@@ -121,5 +123,8 @@ const char* gemv_awq(const Gemv& args, const Launch& launch);
 
 // Spellings this device can run, best first, separated by spaces.
 const char* spellings();
+
+// Whether a spelling's quantizers of int4 write integers as e4m3, and scales by groups: what its product reads.
+bool carries_e4m3(const char* spelling);
 
 }  // namespace svdquant

@@ -9,6 +9,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #ifdef SVDQUANT_GPU
@@ -114,6 +115,21 @@ void check_launch(const char* problem, const std::string& spelling) {
   TORCH_CHECK(!problem, "svdquant kernels, spelling '", spelling, "': ", problem);
 }
 
+// Scales beside integers carried by e4m3: [M, G] fp32, a group's side by side from a multiple of 16 bytes on.
+Tensor scales_by_group(const Tensor& x, int64_t groups) {
+  const int64_t m = x.size(0);
+  return at::empty_strided({m, groups}, {1, (m + 3) / 4 * 4}, x.options().dtype(at::kFloat));
+}
+
+// The same as a product reads them.
+Floats read_by_group(const Tensor& scales) {
+  const bool fits = scales.scalar_type() == at::kFloat && scales.stride(0) == 1 && scales.stride(1) % 4 == 0;
+  TORCH_CHECK_VALUE(fits && reinterpret_cast<uintptr_t>(scales.const_data_ptr()) % 16 == 0,
+                    "scales: expected fp32 with a group's side by side from a multiple of 16 bytes on, got ",
+                    scales.scalar_type(), " of strides ", scales.strides());
+  return {scales.const_data_ptr(), DType::kF32, scales.stride(1)};
+}
+
 std::tuple<Tensor, Tensor, Tensor> quantize_as(Codes kind, const Tensor& x, const Tensor& smooth, const Tensor& down,
                                                double shift, const std::string& spelling) {
   TORCH_CHECK_VALUE(x.dim() == 2, "x: expected [M, K], got ", x.sizes());
@@ -128,8 +144,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_as(Codes kind, const Tensor& x, cons
   const at::ScalarType scale_type = eight_bits                ? at::kFloat
                                     : kind == Codes::kE2M1 ? at::kFloat8_e4m3fn
                                                            : x.scalar_type();
-  Tensor codes = at::empty({m, k}, x.options().dtype(is_signed ? at::kChar : at::kByte));
-  Tensor scales = at::empty({m, eight_bits ? 1 : k / group}, x.options().dtype(scale_type));
+  const bool carried = (kind == Codes::kInt4 || kind == Codes::kUint4) && carries_e4m3(spelling.c_str());
+  const at::ScalarType code_type = carried ? at::kFloat8_e4m3fn : is_signed ? at::kChar : at::kByte;
+  Tensor codes = at::empty({m, k}, x.options().dtype(code_type));
+  Tensor scales = carried ? scales_by_group(x, k / group)
+                          : at::empty({m, eight_bits ? 1 : k / group}, x.options().dtype(scale_type));
   Tensor hidden = at::empty({m, r}, x.options().dtype(at::kFloat));
   if (m) {
     Tensor kept[3];
@@ -143,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_as(Codes kind, const Tensor& x, cons
                            static_cast<float>(shift),
                            codes.mutable_data_ptr(),
                            scales.mutable_data_ptr(),
-                           hidden.mutable_data_ptr<float>()};
+                           hidden.mutable_data_ptr<float>(),
+                           carried ? scales.stride(1) : 0};
     check_launch(quantize(args, launch(spelling)), spelling);
   }
   return {codes, scales, hidden};
@@ -202,8 +222,11 @@ Gemm product_of(Codes kind, const Tensor& codes, const Tensor& scales, const Ten
   const int64_t m = codes.size(0), n = weight_codes.size(0), k = weight_codes.size(1) * 2, group = group_size(kind);
   const int64_t r = up.size(-1);
   check_columns(k);
-  TORCH_CHECK_VALUE(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kByte,
-                    "codes: expected int8 or uint8, got ", codes.scalar_type());
+  const at::ScalarType type = codes.scalar_type();
+  const bool carried = kind == Codes::kE4M3;
+  TORCH_CHECK_VALUE(carried ? type == at::kFloat8_e4m3fn : type == at::kChar || type == at::kByte, "codes: expected ",
+                    carried ? "float8_e4m3fn" : "int8 or uint8", " for this spelling, got ", type,
+                    ". Quantize and multiply with the same one.");
   check_type(hidden, "hidden", at::kFloat);
   check_shape(codes, "codes", {m, k});
   check_shape(scales, "scales", {m, k / group});
@@ -216,7 +239,7 @@ Gemm product_of(Codes kind, const Tensor& codes, const Tensor& scales, const Ten
   args.kind = kind, args.m = m, args.n = n, args.k = k, args.r = r;
   args.codes = kept[0].const_data_ptr(), args.hidden = kept[1].const_data_ptr<float>();
   args.weight_codes = kept[2].const_data_ptr<uint8_t>();
-  args.scales = matrix(scales, "scales", kept[3]);
+  args.scales = carried ? read_by_group(scales) : matrix(scales, "scales", kept[3]);
   args.weight_scales = matrix(weight_scales, "weight_scales", kept[4]);
   args.up = matrix(up, "up", kept[5]);
   if (bias) args.bias = vector(*bias, "bias", kept[6]);
@@ -260,7 +283,8 @@ void gemm_as(Codes kind, const Tensor& codes, const Tensor& scales, const Tensor
 void gemm_int4(const Tensor& codes, const Tensor& scales, const Tensor& hidden, const Tensor& weight_codes,
                const Tensor& weight_scales, const Tensor& up, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& addend, const Tensor& out, std::string spelling) {
-  const Codes kind = codes.scalar_type() == at::kByte ? Codes::kUint4 : Codes::kInt4;
+  const Codes integers = codes.scalar_type() == at::kByte ? Codes::kUint4 : Codes::kInt4;
+  const Codes kind = carries_e4m3(spelling.c_str()) ? Codes::kE4M3 : integers;
   gemm_as(kind, codes, scales, hidden, weight_codes, weight_scales, {}, up, bias, addend, out, spelling);
 }
 

@@ -122,4 +122,6 @@ const char* spellings() {
   return names.c_str();
 }
 
+bool carries_e4m3(const char*) { return false; }
+
 }  // namespace svdquant

@@ -13,6 +13,8 @@ enum class Product {
 
 // means: core/reference.py quantize_int4, quantize_int4_unsigned
 const char* quantize_int4(const Quantize& args, const Launch& launch);
+// The same with integers as e4m3, and scales by groups, for gemm_int4_hopper.
+const char* quantize_e4m3(const Quantize& args, const Launch& launch);
 // means: core/reference.py quantize_int8
 const char* quantize_int8(const Quantize& args, const Launch& launch);
 // means: core/reference.py quantize_nvfp4
@@ -20,7 +22,7 @@ const char* quantize_nvfp4(const Quantize& args, const Launch& launch);
 
 // means: core/reference.py gemm_int4
 const char* gemm_int4(const Gemm& args, Product product, const Launch& launch);
-// The same on sm_90a, by e4m3 products of warpgroups, of blocks alone or in clusters; asks for scratch memory.
+// The same of kE4M3 on sm_90a, by products of warpgroups, of blocks alone or in clusters; asks for scratch memory.
 const char* gemm_int4_hopper(const Gemm& args, bool in_clusters, const Launch& launch);
 // means: core/reference.py gemm_nvfp4
 const char* gemm_nvfp4(const Gemm& args, const Launch& launch);

@@ -7,7 +7,8 @@
 namespace svdquant {
 namespace {
 
-bool is(const Launch& launch, const char* name) { return !std::strcmp(launch.spelling, name); }
+bool is(const char* spelling, const char* name) { return !std::strcmp(spelling, name); }
+bool is(const Launch& launch, const char* name) { return is(launch.spelling, name); }
 
 cuda::Product product(const Launch& launch) {
   return is(launch, "mma_s4") || is(launch, "mma_sm75") ? cuda::Product::kInt4 : cuda::Product::kInt8;
@@ -17,18 +18,15 @@ cuda::Product product(const Launch& launch) {
 
 const char* quantize(const Quantize& args, const Launch& launch) {
   if (args.kind == Codes::kE2M1) return cuda::quantize_nvfp4(args, launch);
-  return args.kind == Codes::kInt8 ? cuda::quantize_int8(args, launch) : cuda::quantize_int4(args, launch);
+  if (args.kind == Codes::kInt8) return cuda::quantize_int8(args, launch);
+  return carries_e4m3(launch.spelling) ? cuda::quantize_e4m3(args, launch) : cuda::quantize_int4(args, launch);
 }
 
 const char* gemm(const Gemm& args, const Launch& launch) {
   if (args.kind == Codes::kE2M1) {
     return is(launch, "mxf4_sm120") ? cuda::gemm_mxf4(args, launch) : cuda::gemm_nvfp4(args, launch);
   }
-  // For one row of tiles, its pass over the weights would cost more than it saves.
-  const bool in_clusters = is(launch, "wgmma_e4m3_x4");
-  if ((in_clusters || is(launch, "wgmma_e4m3")) && args.m > 128) {
-    return cuda::gemm_int4_hopper(args, in_clusters, launch);
-  }
+  if (args.kind == Codes::kE4M3) return cuda::gemm_int4_hopper(args, is(launch, "wgmma_e4m3_x4"), launch);
   return cuda::gemm_int4(args, product(launch), launch);
 }
 
@@ -56,5 +54,7 @@ const char* spellings() {
   if (arch / 10 == 12) return "mxf4_sm120 mma_s8 mma_f16 gemv gelu_s8 gelu_mxf4 gelu_f16";
   return "mma_s8 mma_f16 gemv gelu_s8 gelu_f16";
 }
+
+bool carries_e4m3(const char* spelling) { return is(spelling, "wgmma_e4m3") || is(spelling, "wgmma_e4m3_x4"); }
 
 }  // namespace svdquant

@@ -173,5 +173,12 @@ __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
 __device__ __forceinline__ float to_float(int value) { return __int2float_rn(value); }
 
+// Two numbers as e4m3, the first one in the lower byte (9.7.9.22, cvt).
+__device__ __forceinline__ unsigned to_e4m3x2(float low, float high) {
+  unsigned short bits;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
 }  // namespace svdquant::cuda
 #endif  // __CUDACC__

@@ -164,17 +164,22 @@ struct Smoothed {
   }
 };
 
+__device__ __forceinline__ void store_bytes(const Quantize& q, int64_t token, int64_t column,
+                                            const unsigned (&words)[kColumns / 4]) {
+  uint4* to = reinterpret_cast<uint4*>(static_cast<char*>(q.codes) + token * q.k + column);
+  st_global(to, uint4{words[0], words[1], words[2], words[3]});
+}
+
 // The low bytes of 16 words.
 __device__ __forceinline__ void store_codes(const Quantize& q, int64_t token, int64_t column,
                                             const unsigned (&codes)[kColumns]) {
-  unsigned words[4];
+  unsigned words[kColumns / 4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kColumns / 4; ++i) {
     const unsigned* four = codes + 4 * i;
     words[i] = pick_bytes(pick_bytes(four[0], four[1], 0x0040), pick_bytes(four[2], four[3], 0x0040), 0x5410);
   }
-  uint4* to = reinterpret_cast<uint4*>(static_cast<char*>(q.codes) + token * q.k + column);
-  st_global(to, uint4{words[0], words[1], words[2], words[3]});
+  store_bytes(q, token, column, words);
 }
 
 // Of the four lanes of a token, whether or not it exists.
@@ -187,11 +192,10 @@ __device__ __forceinline__ unsigned largest_of_four(unsigned most) {
   return most;
 }
 
-// kShort: values of 16 bits, and a scale made of one.
+// Integers as bits, kMagicBits more than they are. kShort: values of 16 bits, and a scale made of one.
 template <bool kShort>
-__device__ __forceinline__ void encode_int(const QuantizeParams& p, int64_t token, int64_t column, float alpha,
-                                           const float (&xs)[kColumns]) {
-  unsigned codes[kColumns];
+__device__ __forceinline__ void find_integers(const QuantizeParams& p, float alpha, const float (&xs)[kColumns],
+                                              unsigned (&codes)[kColumns]) {
   if (kShort && is_ordinary(as_bits(alpha))) {  // then no quotient exceeds the largest code
     const float reciprocal = approximate_reciprocal(alpha);
 #pragma unroll
@@ -206,6 +210,13 @@ __device__ __forceinline__ void encode_int(const QuantizeParams& p, int64_t toke
       codes[i] = as_bits(add(known < p.low ? p.low : known > p.high ? p.high : known, kMagic));
     }
   }
+}
+
+template <bool kShort>
+__device__ __forceinline__ void encode_int(const QuantizeParams& p, int64_t token, int64_t column, float alpha,
+                                           const float (&xs)[kColumns]) {
+  unsigned codes[kColumns];
+  find_integers<kShort>(p, alpha, xs, codes);
   store_codes(p.args, token, column, codes);
 }
 
@@ -244,16 +255,15 @@ __device__ __forceinline__ void encode_e2m1(const QuantizeParams& p, int64_t tok
   if (!exists) return;
   const float absmax = multiply(as_float(most), p.inverse), alpha = absmax > 448.0f ? 448.0f : absmax;
   const float reciprocal = alpha == 0.0f ? 0.0f : divide(1.0f, alpha);
-  unsigned words[4];
+  unsigned words[kColumns / 4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kColumns / 4; ++i) {
     float v[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) v[e] = multiply(xs[4 * i + e], reciprocal);
     words[i] = join_e2m1(v);
   }
-  uint4* to = reinterpret_cast<uint4*>(static_cast<char*>(p.args.codes) + token * p.args.k + column);
-  st_global(to, uint4{words[0], words[1], words[2], words[3]});
+  store_bytes(p.args, token, column, words);
   unsigned char* scales = static_cast<unsigned char*>(p.args.scales) + token * (p.args.k / kColumns);
   st_global(scales + column / kColumns, static_cast<unsigned char>(to_e4m3(alpha)));
 }
@@ -414,10 +424,10 @@ __device__ __forceinline__ void reduce_hidden(const Quantize& q, int64_t token0,
 // Two blocks an SM, where the sums leave room for two.
 constexpr int blocks_at_once(int rank) { return rank > 32 ? 1 : 2; }
 
-// blockIdx.x counts 16 tokens, blockIdx.y chunks of kRank ranks; the first of those writes codes and scales.
-template <DType kX, bool kE2M1, int kRank>
-__global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kRank)) quantize_kernel(QuantizeParams p) {
-  const Quantize& q = p.args;
+// blockIdx.x counts 16 tokens, blockIdx.y chunks of kRank ranks; the first of those writes codes and scales, by
+// `encode(piece)`.
+template <DType kX, int kRank, class Encode>
+__device__ __forceinline__ void quantize_tokens(const Quantize& q, Encode encode) {
   const Lane lane;
   const int64_t token0 = static_cast<int64_t>(blockIdx.x) * kTokens;
   const int rank0 = static_cast<int>(blockIdx.y) * kRank;
@@ -427,10 +437,15 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kRank)) quantize_k
   for (int64_t column0 = lane.warp * kChunk; column0 < q.k; column0 += kWarps * kChunk) {
     Piece<kX> piece(q, token0, column0, lane);
     if (Piece<kX>::kTensor || !encodes) piece.read_both(q);
-    if (encodes) encode_piece<kX, kE2M1>(p, piece);
+    if (encodes) encode(piece);
     if (rank0 < q.r) hidden.add_chunk(q, rank0, lane, piece);
   }
   if (rank0 < q.r) reduce_hidden<kX, kRank>(q, token0, rank0, lane, hidden);
+}
+
+template <DType kX, bool kE2M1, int kRank>
+__global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kRank)) quantize_kernel(QuantizeParams p) {
+  quantize_tokens<kX, kRank>(p.args, [&](Piece<kX>& piece) { encode_piece<kX, kE2M1>(p, piece); });
 }
 
 }  // namespace svdquant::cuda

@@ -145,7 +145,7 @@ def gemm_int4(
 ) -> Tensor:
     """W4A4 GEMM with the branch and bias: signed or unsigned codes, int4 weights.
 
-    codes    [M, K]      int8 | uint8
+    codes    [M, K]      int8 | uint8, or any dtype that holds these integers
     scales   [M, K/64]   any float
     hidden   [M, R]      fp32
     returns  [M, N]      `dtype`

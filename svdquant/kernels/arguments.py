@@ -80,6 +80,15 @@ class Kept(list):
         self.append(t)
         return Floats(t.data_ptr(), number_of(t.dtype, name), t.stride(0))
 
+    def by_group(self, t: Tensor, name: str) -> Floats:
+        """Scales as carrier.py says; stride: from one group's to the next group's."""
+        if t.dtype != torch.float32 or t.stride(0) != 1 or t.stride(1) % 4 or t.data_ptr() % 16:
+            expected = "fp32 with a group's side by side from a multiple of 16 bytes on"
+            got = f"{name_of(t.dtype)} of strides {list(t.stride())}"
+            raise ValueError(f"{name}: expected {expected}, got {got}")
+        self.append(t)
+        return Floats(t.data_ptr(), DTYPES[t.dtype], t.stride(1))
+
     def vector(self, t: Tensor | None, name: str) -> Floats:
         """Nothing for None."""
         if t is None:

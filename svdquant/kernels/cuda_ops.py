@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import launches, select
+from . import carrier, launches, select
 from .arguments import (
     Kept,
     check_branch,
@@ -32,7 +32,8 @@ from .driver import Card
 from .starts import Start
 from .structs import KINDS, Floats, Gemm, GemmGelu, GemmInt8, Gemv, Quantize
 
-GROUPS = {"int4": 64, "int4-unsigned": 64, "nvfp4": 16, "int8": 16}  # columns that K must be a multiple of
+# Columns that K must be a multiple of.
+GROUPS = {"int4": 64, "int4-unsigned": 64, "e4m3": carrier.GROUP, "nvfp4": 16, "int8": 16}
 _Quantized = tuple[Tensor, Tensor, Tensor]
 _Some = Tensor | None
 
@@ -98,23 +99,26 @@ class CudaOps:
         check_shape(smooth, "smooth", k)
         if down.ndim != 2 or down.shape[1] != k:
             raise ValueError(f"down: expected [R, {k}], got {list(down.shape)}")
-        r, columns = down.shape[0], 1 if kind == "int8" else k // group
-        scale_type = {"int8": torch.float32, "nvfp4": torch.float8_e4m3fn}.get(kind, x.dtype)
-        codes = x.new_empty(m, k, dtype=torch.int8 if kind in ("int4", "int8") else torch.uint8)
-        scales = x.new_empty(m, columns, dtype=scale_type)
+        r, carried = down.shape[0], kind in ("int4", "int4-unsigned") and spelling in select.E4M3
+        codes, scales = carrier.empty(x, m, k) if carried else _empty(kind, x)
         hidden = x.new_empty(m, r, dtype=torch.float32)
         if m:
             kept = Kept()
             inputs = kept.matrix(x, "x"), kept.vector(smooth, "smooth"), kept.matrix(down, "down")
             outputs = codes.data_ptr(), scales.data_ptr(), hidden.data_ptr()
-            args = Quantize(KINDS[kind], m, k, r, *inputs, shift, *outputs)
-            self._launch(x, spelling, lambda card: [launches.quantize(kind, card.arch, args)])
+            args = Quantize(
+                KINDS[kind], m, k, r, *inputs, shift, *outputs, scales.stride(1) if carried else 0
+            )
+            self._launch(
+                x, spelling, lambda card: [launches.quantize(kind, card.arch, args, carried=carried)]
+            )
         return codes, scales, hidden
 
     def gemm_int4(self, codes: Tensor, scales: Tensor, hidden: Tensor, *rest: Any) -> None:
         """`rest`: weight_codes, weight_scales, up, bias, addend, out, spelling."""
-        kind = "int4-unsigned" if codes.dtype == torch.uint8 else "int4"
         weight_codes, weight_scales, *branch = rest
+        integers = "int4-unsigned" if codes.dtype == torch.uint8 else "int4"
+        kind = "e4m3" if branch[-1] in select.E4M3 else integers
         self._gemm(kind, (codes, scales, hidden), weight_codes, weight_scales, None, *branch)
 
     def gemm_nvfp4(self, codes: Tensor, scales: Tensor, hidden: Tensor, *rest: Any) -> None:
@@ -276,6 +280,15 @@ class CudaOps:
         self._launch(x, spelling, lambda _: [launches.gemv(args)])
 
 
+def _empty(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of activations of a kind, not yet written."""
+    m, k = x.shape
+    codes = torch.int8 if kind in ("int4", "int8") else torch.uint8
+    scales = {"int8": torch.float32, "nvfp4": torch.float8_e4m3fn}.get(kind, x.dtype)
+    columns = 1 if kind == "int8" else k // GROUPS[kind]
+    return x.new_empty(m, k, dtype=codes), x.new_empty(m, columns, dtype=scales)
+
+
 def _product(
     kept: Kept,
     kind: str,
@@ -289,17 +302,26 @@ def _product(
     codes, scales, hidden = activations
     m, n, k, r = codes.shape[0], weight_codes.shape[0], weight_codes.shape[1] * 2, up.shape[-1]
     check_columns(k)
-    if codes.dtype not in (torch.int8, torch.uint8):
-        raise ValueError(f"codes: expected int8 or uint8, got {name_of(codes.dtype)}")
+    _check_codes(codes, carried=kind == "e4m3")
     check_types(torch.float32, hidden=hidden)
     groups = k // GROUPS[kind]
     check_shape(codes, "codes", m, k)
     check_shape(scales, "scales", m, groups)
     check_shape(weight_scales, "weight_scales", n, groups)
     check_branch(hidden, up, bias, m, n)
-    first = kept.whole(codes), kept.matrix(scales, "scales"), kept.whole(hidden), kept.whole(weight_codes)
+    read = kept.by_group if kind == "e4m3" else kept.matrix
+    first = kept.whole(codes), read(scales, "scales"), kept.whole(hidden), kept.whole(weight_codes)
     factors = kept.matrix(weight_scales, "weight_scales"), Floats(), kept.matrix(up, "up")
     return Gemm(KINDS[kind], m, n, k, r, *first, *factors, kept.vector(bias, "bias"))
+
+
+def _check_codes(codes: Tensor, *, carried: bool) -> None:
+    if codes.dtype not in ((carrier.CODES,) if carried else (torch.int8, torch.uint8)):
+        expected = name_of(carrier.CODES) if carried else "int8 or uint8"
+        raise ValueError(
+            f"codes: expected {expected} for this spelling, got {name_of(codes.dtype)}. "
+            "Quantize and multiply with the same one."
+        )
 
 
 # ---- behind torch.ops ----

@@ -1,7 +1,7 @@
 """Hopper's own products, started from Python: what the host side of csrc/cuda/hopper_*.cu decides.
 
 Which tile a block has, whether blocks share operands in clusters, the maps of the copy engine, and for W4A4 the scratch
-memory in which its operands are made. Tests hold all of it against the C++, as launches.py says.
+memory in which its weights are made e4m3. Tests hold all of it against the C++, as launches.py says.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from .starts import Kernel, Matrix, Place, Refused, Scratch, Start, ceil_div, check_aligned
-from .structs import KINDS, Expand, Finish, Floats, Gemm, GemmInt8, TileGrid, W4A4Params, W8A8Params
+from .structs import Expand, Finish, Gemm, GemmInt8, TileGrid, W4A4Params, W8A8Params
 
 TILE_ROWS, STEP = 128, 128  # rows of a tile; columns of a step
 THREADS = 384
@@ -106,10 +106,8 @@ def gemm_int8(place: Place, args: GemmInt8, _: Scratch, *, in_clusters: bool) ->
     yield Start(kernel, (grid.workers * shape.blocks, 1), params)
 
 
-# ---- exact W4A4: both operands as e4m3 first, in scratch memory ----
+# ---- exact W4A4: activations are e4m3 already, and weights become it in scratch memory ----
 
-UNSIGNED = (0x44403800, 0x4E4C4A48, 0x53525150, 0x57565554)  # e4m3 of 0 .. 15, four to a word
-SIGNED = (0x44403800, 0x4E4C4A48, 0xCACCCED0, 0xB8C0C4C8)  # 0 .. 7, -8 .. -1
 EXPAND = Kernel("hopper_expand", "expand_kernel<64>", 256, 0)
 
 
@@ -121,64 +119,39 @@ def _w4a4(shape: Shape) -> Kernel:
     )
 
 
-@dataclass(frozen=True)
-class Operand:
-    """An operand of a product, and where it is made anew: e4m3 codes, and scales as fp32, a group's side by side."""
+def expand_weights(args: Gemm, scratch: Scratch, sms: int) -> Start:
+    """The launch that makes them: codes, then scales as fp32 with a group's side by side, at multiples of 16 bytes."""
+    scale_row, code_bytes = ceil_div(args.n, 4) * 4, args.n * args.k
+    codes = scratch(code_bytes + 4 * scale_row * (args.k // GROUP))
+    check_aligned("scratch memory", codes, 16)
+    count = min(ceil_div(args.n * (args.k // 16), EXPAND.threads), 16 * sms)
+    to = codes, codes + code_bytes, scale_row, count
+    return Start(EXPAND, (count, 1), Expand(args.weight_codes, args.weight_scales, args.n, args.k, *to))
 
-    codes: int | None
-    packed: bool
-    table: tuple[int, ...]
-    scales: Floats
-    rows: int
-    k: int
 
-    @property
-    def scale_row(self) -> int:
-        """In numbers: a row begins at a multiple of 16 bytes."""
-        return ceil_div(self.rows, 4) * 4
-
-    @property
-    def code_bytes(self) -> int:
-        return self.rows * self.k
-
-    @property
-    def scale_bytes(self) -> int:
-        return 4 * self.scale_row * (self.k // GROUP)
-
-    def expand(self, codes: int, scales: int, sms: int) -> Start:
-        """The launch that makes it."""
-        count = min(ceil_div(self.rows * (self.k // 16), EXPAND.threads), 16 * sms)
-        what = self.codes, self.packed, self.table, self.scales, self.rows, self.k
-        return Start(EXPAND, (count, 1), Expand(*what, codes, scales, self.scale_row, count))
-
-    def matrices(self, codes: int, scales: int, blocks: int) -> tuple[Matrix, Matrix]:
-        """As the copy engine reads them for so many blocks, which share out a tile's rows, and its groups' scales."""
-        of_codes = self.rows, self.k, self.k, TILE_ROWS // blocks, STEP
-        of_scales = self.k // GROUP, self.rows, 4 * self.scale_row, GROUPS_OF_STEP // blocks, TILE_ROWS, 4
-        return Matrix(codes, *of_codes), Matrix(scales, *of_scales)
+def _carried(
+    codes: int, scales: int, rows: int, k: int, scale_row: int, blocks: int
+) -> tuple[Matrix, Matrix]:
+    """An operand for so many blocks, which share out the rows of a tile's codes, and the groups of its scales."""
+    of_codes = rows, k, k, TILE_ROWS // blocks, STEP
+    of_scales = k // GROUP, rows, 4 * scale_row, GROUPS_OF_STEP // blocks, TILE_ROWS, 4
+    return Matrix(codes, *of_codes), Matrix(scales, *of_scales)
 
 
 def gemm_int4(place: Place, args: Gemm, scratch: Scratch, *, in_clusters: bool) -> Iterator[Start]:
-    """An exact W4A4 product: two launches that make its operands, and its own."""
+    """An exact W4A4 product of what quantize_e4m3 wrote: a launch that makes its weights, and its own."""
     check_aligned("codes", args.codes, 16)
     check_aligned("weight codes", args.weight_codes, 8)
-    sms = place.multiprocessors
-    table = UNSIGNED if args.kind == KINDS["int4-unsigned"] else SIGNED
-    acts = Operand(args.codes, False, table, args.scales, args.m, args.k)
-    weights = Operand(args.weight_codes, True, SIGNED, args.weight_scales, args.n, args.k)
-    codes = scratch(acts.code_bytes + weights.code_bytes + acts.scale_bytes + weights.scale_bytes)
-    check_aligned("scratch memory", codes, 16)
-    weight_codes = codes + acts.code_bytes
-    scales = weight_codes + weights.code_bytes
-    weight_scales = scales + acts.scale_bytes
-    yield acts.expand(codes, scales, sms)
-    yield weights.expand(weight_codes, weight_scales, sms)
+    sms, k = place.multiprocessors, args.k
+    expand = expand_weights(args, scratch, sms)
+    yield expand
     shape = choose(args.m, args.n, sms, (*W4A4_SQUARES, *W4A4_ALONE) if in_clusters else W4A4_ALONE)
-    of_acts = acts.matrices(codes, scales, shape.across)
-    of_weights = weights.matrices(weight_codes, weight_scales, shape.down)
-    maps = [place.encode(matrix) for pair in zip(of_acts, of_weights, strict=True) for matrix in pair]
+    acts = _carried(args.codes, args.scales.data, args.m, k, args.scales.stride, shape.across)
+    to = expand.params
+    weights = _carried(to.to_codes, to.to_scales, args.n, k, to.scale_row, shape.down)
+    maps = [place.encode(matrix) for pair in zip(acts, weights, strict=True) for matrix in pair]
     grid = divide(args.m, args.n, shape, place.clusters_at_once(_w4a4(shape)))
-    params = W4A4Params(*maps, grid, ceil_div(args.k, STEP), _finish(args, None, None))
+    params = W4A4Params(*maps, grid, ceil_div(k, STEP), _finish(args, None, None))
     yield Start(_w4a4(shape), (grid.workers * shape.blocks, 1), params)
 
 

@@ -112,23 +112,18 @@ INT8 = _product(
     "gemm_w8a8", "gemm_int8_kernel<{}>", _int8_bytes, alignment=(16, 16), tiles=(LARGE_WIDE, SMALL_WIDE)
 )
 
-_FEW = {"int4": INT4_WIDE, "int4-unsigned": INT4_WIDE}  # tokens, of spellings whose own product takes more
 PRODUCTS = {  # spelling -> kind of activation -> product
     "mma_s4": {"int4": INT4, "int4-unsigned": UINT4},
     "mma_sm75": {"int4": INT4, "int4-unsigned": UINT4},
     "mma_s8": {"int4": INT4_WIDE, "int4-unsigned": INT4_WIDE, "int8": INT8},
     "mma_f16": {"nvfp4": NVFP4},
     "mxf4_sm120": {"nvfp4": MXF4},
-    "wgmma_e4m3": _FEW,
-    "wgmma_e4m3_x4": _FEW,
-}
-_W4A4 = {
-    "wgmma_e4m3": partial(hopper.gemm_int4, in_clusters=False),
-    "wgmma_e4m3_x4": partial(hopper.gemm_int4, in_clusters=True),
 }
 HOPPER = {  # kind of activation -> spelling -> the launches of a product
-    "int4": _W4A4,
-    "int4-unsigned": _W4A4,
+    "e4m3": {
+        "wgmma_e4m3": partial(hopper.gemm_int4, in_clusters=False),
+        "wgmma_e4m3_x4": partial(hopper.gemm_int4, in_clusters=True),
+    },
     "int8": {
         "wgmma_s8": partial(hopper.gemm_int8, in_clusters=False),
         "wgmma_s8_x2": partial(hopper.gemm_int8, in_clusters=True),
@@ -138,10 +133,7 @@ HOPPER = {  # kind of activation -> spelling -> the launches of a product
 
 def gemm(spelling: str, kind: str, place: Place, args: Gemm | GemmInt8, scratch: Scratch) -> Iterable[Start]:
     """A product in a spelling; kind: of activations, a key of KINDS."""
-    few = (
-        args.m <= hopper.TILE_ROWS
-    )  # for one row of tiles, W4A4's pass over the weights would cost more than it saves
-    if spelling in HOPPER.get(kind, ()) and not (few and kind != "int8"):
+    if spelling in HOPPER.get(kind, ()):
         return HOPPER[kind][spelling](place, args, scratch)
     product = PRODUCTS.get(spelling, {}).get(kind)
     if product is None:
@@ -160,14 +152,19 @@ TYPES = {"kF16": (32, 128), "kBF16": (32, 128), "kF32": (16,)}  # of x and down 
 
 @cache
 def _quantizer(kind: str, dtype: str, ranks: int) -> Kernel:
-    if kind == "int8":
-        return Kernel("quantize_int8", f"quantize_int8_kernel<DType::{dtype}, {ranks}>", 256, 64 * ranks)
+    """kind: of codes as they are written, "e4m3" for either int4."""
+    if kind in ("int8", "e4m3"):
+        name = f"quantize_{kind}"
+        return Kernel(name, f"{name}_kernel<DType::{dtype}, {ranks}>", 256, 64 * ranks)
     e2m1 = "true" if kind == "nvfp4" else "false"
     return Kernel("quantize", f"quantize_kernel<DType::{dtype}, {e2m1}, {ranks}>", 256, 64 * ranks)
 
 
-def quantize(kind: str, arch: int, args: Quantize) -> Start:
-    """A quantizer on a card of compute capability arch / 10: by tensor cores where they take x and down."""
+def quantize(kind: str, arch: int, args: Quantize, *, carried: bool = False) -> Start:
+    """A quantizer on a card of compute capability arch / 10: by tensor cores where they take x and down.
+
+    carried  int4 as Hopper's product reads it, which carrier.py describes
+    """
     if args.x.dtype == DTYPES[torch.float8_e4m3fn]:
         raise Refused("activations must be fp32, bf16 or fp16")
     check_aligned("codes", args.codes, 16)
@@ -176,7 +173,7 @@ def quantize(kind: str, arch: int, args: Quantize) -> Start:
     ranks = TYPES[dtype][-1 if args.r > 32 else 0]
     params = _quantize_params(kind, args)
     grid = ceil_div(args.m, 16), max(1, ceil_div(args.r, ranks))
-    return Start(_quantizer(kind, dtype, ranks), grid, params)
+    return Start(_quantizer("e4m3" if carried else kind, dtype, ranks), grid, params)
 
 
 def _halves(dtype: int, arch: int) -> str:
@@ -288,7 +285,7 @@ def kernels(arch: int) -> Iterator[Kernel]:
     for product in products:
         yield from (product.large.kernel, product.small.kernel)
     yield from hopper.kernels() if arch == 90 else ()
-    for kind in ("int4", "nvfp4", "int8"):
+    for kind in ("int4", "nvfp4", "int8", *(["e4m3"] if arch == 90 else [])):
         for dtype, ranks in TYPES.items():
             if dtype != "kBF16" or arch >= 80:
                 yield from map(partial(_quantizer, kind, dtype), ranks)

@@ -20,7 +20,7 @@ from torch.nn.functional import gelu
 
 from ..core import reference, weight_only
 from ..core.weights import LinearWeights
-from . import gpu, jit, scaled, select
+from . import carrier, gpu, jit, scaled, select
 from .settings import settings
 
 _QUANTIZED = "(Tensor codes, Tensor scales, Tensor hidden)"
@@ -57,6 +57,12 @@ def _fake_quantize(x: Tensor, down: Tensor, group: int | None, codes: torch.dtyp
     )
 
 
+def _fake_quantize_int4(x: Tensor, down: Tensor, codes: torch.dtype, spelling: str):
+    if spelling not in select.E4M3:
+        return _fake_quantize(x, down, 64, codes, x.dtype)
+    return *carrier.empty(x, *x.shape), x.new_empty(x.shape[0], down.shape[0], dtype=torch.float32)
+
+
 def _fake_product(*_) -> None:
     """Nothing: a product writes into the output that it is given."""
 
@@ -74,9 +80,9 @@ def _fake_gemm_nvfp4_gelu(codes, scales, hidden, weight_codes, *rest):
 
 
 _FAKES = {
-    "quantize_int4": lambda x, s, down, spelling: _fake_quantize(x, down, 64, torch.int8, x.dtype),
-    "quantize_int4_unsigned": lambda x, s, down, shift, spelling: _fake_quantize(
-        x, down, 64, torch.uint8, x.dtype
+    "quantize_int4": lambda x, s, down, spelling: _fake_quantize_int4(x, down, torch.int8, spelling),
+    "quantize_int4_unsigned": lambda x, s, down, shift, spelling: _fake_quantize_int4(
+        x, down, torch.uint8, spelling
     ),
     "quantize_nvfp4": lambda x, s, down, spelling: _fake_quantize(
         x, down, 16, torch.uint8, torch.float8_e4m3fn
@@ -164,9 +170,9 @@ class OpSet:
     def __init__(self, wanted: str | None = None) -> None:
         self.wanted = wanted
 
-    def _choose(self, op: str, x: Tensor, dtype: torch.dtype, tokens: int | None = None) -> str:
-        """The spelling to call with."""
-        return _spelling(op, self.wanted, dtype, x.device, tokens)
+    def _choose(self, op: str, x: Tensor, dtype: torch.dtype) -> str:
+        """The spelling to call with; a quantizer and its product, of as many tokens, get the same one."""
+        return _spelling(op, self.wanted, dtype, x.device, select.about(op, x.shape[0]))
 
     def _choose_gemm(
         self, op: str, codes: Tensor, scales: Tensor | None, weights: LinearWeights, output: torch.dtype
@@ -204,18 +210,20 @@ class OpSet:
         if spelling in PLAIN:
             return getattr(PLAIN[spelling], op)(*quantized, w, dtype=dtype, out=out, addend=addend)
         out = _output(codes, w, dtype) if out is None else out
+        if spelling in select.E4M3:
+            codes, scales = carrier.carried(codes, scales)
         call = getattr(torch.ops.svdquant, op)
         call(codes, scales, hidden, w.codes, w.scales, *second_scale, w.up, w.bias, addend, out, spelling)
         return out
 
     def quantize_int4(self, x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Signed int4 activations; see core.reference.quantize_int4."""
+        """Signed int4 activations, on Hopper as carrier.py says; see core.reference.quantize_int4."""
         return self._quantize("quantize_int4", x, smooth, down)
 
     def quantize_int4_unsigned(
         self, x: Tensor, smooth: Tensor, down: Tensor, shift: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Unsigned int4 activations of x + shift; see core.reference.quantize_int4_unsigned."""
+        """Unsigned int4 activations of x + shift, likewise; see core.reference.quantize_int4_unsigned."""
         return self._quantize("quantize_int4_unsigned", x, smooth, down, shift)
 
     def quantize_nvfp4(self, x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -343,7 +351,7 @@ class OpSet:
         addend: Tensor | None = None,
     ) -> Tensor:
         """W4A16 product with the bias; see core.reference.gemv_awq."""
-        w, spelling = weights, self._choose("gemv_awq", x, x.dtype, select.about(x.shape[0]))
+        w, spelling = weights, self._choose("gemv_awq", x, x.dtype)
         if w.spec.group % select.GROUPS["gemv_awq"] and spelling not in PLAIN:
             spelling = select.REFERENCE
         if spelling in PLAIN:

@@ -34,6 +34,9 @@ OLDEST_GPU, NEWEST_GPU = (7, 5), (12, 9)
 
 WITHOUT_COMPILER = "built without a C++ compiler"
 MOST_AWQ_TOKENS = 24  # beyond, dequantizing the weight once beats reading it for every four of them
+FEW_TOKENS = 128  # for one row of tiles Hopper's pass over the weights would cost more than it saves
+# Numbers of tokens at which a choice changes, by op.
+LIMITS = {"gemv_awq": MOST_AWQ_TOKENS} | dict.fromkeys((*INT4_OPS, "gemm_int4_gelu"), FEW_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Spelling:
     needs       what a device lacks for it, "" if nothing
     on_request  why it runs only where it is asked for by name, "" if it may be chosen
     library     whether it is in our library, without which it cannot run
+    fewest      tokens below which it runs only where it is asked for by name
+    e4m3        whether its quantizers write integers as carrier.py says, and its product reads no other
     yields      those of its ops that it does only where no other row can, wherever it stands
     beside      of a fused op: the spelling that must be the one for its product, "" of any other
     """
@@ -92,6 +97,8 @@ class Spelling:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     on_request: str = ""
     library: bool = True
+    fewest: int = 0
+    e4m3: bool = False
     yields: tuple[str, ...] = ()
     beside: str = ""
 
@@ -134,6 +141,12 @@ def unfit(capability: tuple[int, int], name: str) -> str:
 _HALVES = ("bfloat16", "float16")
 
 
+def _carried(name: str) -> Spelling:
+    """Of exact W4A4 on Hopper."""
+    needs = _capability((9, 0), (9, 0), "wgmma")
+    return Spelling(name, "cuda", INT4_OPS, needs, fewest=FEW_TOKENS + 1, e4m3=True)
+
+
 def _fused(
     name: str, format: str, needs: Callable[[Device], str], beside: str, dtypes: tuple[str, ...] = _HALVES
 ) -> Spelling:
@@ -147,8 +160,8 @@ SPELLINGS = (
     Spelling(
         "portable", "cpu", LAYER_OPS, _feature("portable"), on_request="slower than torch for a whole picture"
     ),
-    Spelling("wgmma_e4m3_x4", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma")),
-    Spelling("wgmma_e4m3", "cuda", INT4_OPS, _capability((9, 0), (9, 0), "wgmma")),
+    _carried("wgmma_e4m3_x4"),
+    _carried("wgmma_e4m3"),
     Spelling("wgmma_s8_x2", "cuda", INT8_OPS, _capability((9, 0), (9, 0), "wgmma")),
     Spelling("wgmma_s8", "cuda", INT8_OPS, _capability((9, 0), (9, 0), "wgmma")),
     Spelling("mxf4_sm120", "cuda", NVFP4_OPS, _capability((12, 0), NEWEST_GPU, "mxf4nvf4 mma")),
@@ -164,6 +177,8 @@ SPELLINGS = (
     _fused("gelu_mxf4", "nvfp4", _capability((12, 0), NEWEST_GPU, "mxf4nvf4 mma"), "mxf4_sm120"),
     _fused("gelu_f16", "nvfp4", _capability((8, 0), NEWEST_GPU, "mma.f16"), "mma_f16"),
 )
+
+E4M3 = frozenset(row.name for row in SPELLINGS if row.e4m3)
 
 
 @dataclass(frozen=True)
@@ -202,9 +217,10 @@ def to_try(device: Device) -> list[Spelling]:
     return [row for row in rows if not row.needs(device)]
 
 
-def about(tokens: int) -> int:
+def about(op: str, tokens: int) -> int | None:
     """The number of tokens as far as a choice depends on it: a comparison, of which torch.compile makes a constant."""
-    return MOST_AWQ_TOKENS if tokens <= MOST_AWQ_TOKENS else MOST_AWQ_TOKENS + 1
+    limit = LIMITS.get(op)
+    return None if limit is None else limit if tokens <= limit else limit + 1
 
 
 def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
@@ -212,8 +228,9 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
     usual = GROUPS[request.op]
     group = request.group or usual
     wrong_group = group % usual if request.op == "gemv_awq" else group != usual
-    limited = request.op == "gemv_awq" and request.wanted != row.name
-    too_many = limited and (request.tokens or 0) > MOST_AWQ_TOKENS
+    tokens = None if request.wanted == row.name else request.tokens
+    too_many = request.op == "gemv_awq" and tokens is not None and tokens > MOST_AWQ_TOKENS
+    too_few = tokens is not None and tokens < row.fewest
     insists = request.wanted in ("off", row.name) or not row.beside
     first = request.op.removesuffix("_gelu")
     product = row.beside if insists else choose(device, replace(request, op=first)).spelling
@@ -230,6 +247,7 @@ def reasons(row: Spelling, device: Device, request: Request) -> list[str]:
         (request.dtype not in row.dtypes, f"activations are {request.dtype}"),
         (wrong_group, f"weight groups of {group} instead of {usual}"),
         (too_many, f"more than {MOST_AWQ_TOKENS} tokens"),
+        (too_few, f"fewer than {row.fewest} tokens"),
         (product != row.beside, f"{first} is computed by {product}"),
     )
     found = [text for wrong, text in checks if wrong]

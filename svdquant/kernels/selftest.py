@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core import int8, linear, reference
 from ..core.weights import AWQ, INT4, INT4_UNSIGNED, NVFP4, LinearWeights, QuantSpec
+from . import carrier
 
 LIMITS = {  # of the largest error, as a part of the largest number
     torch.float32: 1e-4,  # branches in two 16-bit halves, sums on tensor cores
@@ -125,7 +126,8 @@ def _judge(
         shift = (case.spec.act_shift,) if case.spec.act_shift else ()
         inputs = getattr(reference, called[0])(x, weights.smooth, weights.down, *shift)
         got = getattr(ops, called[0])(x.to(device), there.smooth, there.down, *shift)
-        yield called[0], _different(got[0], inputs[0], "codes") or _different(got[1], inputs[1], "scales")
+        codes, scales = carrier.carried(*inputs[:2]) if got[0].dtype == carrier.CODES else inputs[:2]
+        yield called[0], _different(got[0], codes, "codes") or _different(got[1], scales, "scales")
         yield called[0], _far(got[2], inputs[2])
     want, inputs = getattr(reference, called[-1])(*inputs, weights), [t.to(device) for t in inputs]
     product = partial(getattr(ops, called[-1]), *inputs, there)

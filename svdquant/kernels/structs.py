@@ -10,7 +10,7 @@ import ctypes
 import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
-KINDS = {"int4": 0, "int4-unsigned": 1, "nvfp4": 2, "int8": 3}
+KINDS = {"int4": 0, "int4-unsigned": 1, "nvfp4": 2, "int8": 3, "e4m3": 4}  # e4m3: either int4
 
 _SIZE, _POINTER, _ENUM = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
 
@@ -34,6 +34,7 @@ Quantize = _struct(
     **dict.fromkeys(("x", "smooth", "down"), Floats),
     shift=ctypes.c_float,
     **dict.fromkeys(("codes", "scales", "hidden"), _POINTER),
+    scale_row=_SIZE,
 )
 QuantizeParams = _struct(  # of csrc/cuda/quantize.cuh
     "QuantizeParams", args=Quantize, **dict.fromkeys(("inverse", "low", "high"), ctypes.c_float)
@@ -101,10 +102,8 @@ W4A4Params = _aligned(
 Expand = _struct(
     "Expand",
     codes=_POINTER,
-    packed=ctypes.c_bool,
-    table=ctypes.c_uint32 * 4,
     scales=Floats,
-    rows=_SIZE,
+    n=_SIZE,
     k=_SIZE,
     to_codes=_POINTER,
     to_scales=_POINTER,

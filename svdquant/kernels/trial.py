@@ -52,7 +52,7 @@ class Trial(ops.OpSet):
         super().__init__(wanted)
         self.found = found
 
-    def _choose(self, op: str, x: torch.Tensor, dtype: torch.dtype, tokens: int | None = None) -> str:
-        name = str(dtype).removeprefix("torch.")
+    def _choose(self, op: str, x: torch.Tensor, dtype: torch.dtype) -> str:
+        name, tokens = str(dtype).removeprefix("torch."), select.about(op, x.shape[0])
         request = select.Request(op, name, tokens=tokens, wanted=self.wanted)
         return select.choose(self.found, request).spelling

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from svdquant_nodes.svdquant.core.weights import LinearWeights
-from svdquant_nodes.svdquant.kernels import gpu, ops, select
+from svdquant_nodes.svdquant.kernels import carrier, gpu, ops, select
 
 
 class Insistent:
@@ -40,6 +40,10 @@ class Spelled:
 
     def here(self, t: Tensor) -> Tensor:
         return t.to(self.device)
+
+    def written(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """The reference's codes and scales as this spelling writes them."""
+        return carrier.carried(codes, scales) if self.ops.row.e4m3 else (codes, scales)
 
     def weights(self, w: LinearWeights) -> LinearWeights:
         return replace(w, **{name: self.here(t) for name, t in w.tensors().items()})

@@ -23,7 +23,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from svdquant_nodes.svdquant.core.weights import LinearWeights
-from svdquant_nodes.svdquant.kernels import launches
+from svdquant_nodes.svdquant.kernels import carrier, launches, select
 from svdquant_nodes.svdquant.kernels.structs import (
     DTYPES,
     KINDS,
@@ -167,31 +167,23 @@ class Kernels:
     sms: int = 4
 
     def quantize(
-        self, kind: str, x: Tensor, smooth: Tensor, down: Tensor, *, shift: float = 0.0
+        self, kind: str, x: Tensor, smooth: Tensor, down: Tensor, *, shift: float = 0.0, carried: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As core.reference.quantize_*."""
+        """As core.reference.quantize_*; carried: int4 as carrier.py says."""
         (m, k), r = x.shape, down.shape[0]
         group, dtype = {"nvfp4": (16, torch.float8_e4m3fn), "int8": (k, torch.float32)}.get(
             kind, (64, x.dtype)
         )
         codes = _poisoned(m, k, dtype=torch.int8 if kind in ("int4", "int8") else torch.uint8)
         scales, hidden = _poisoned(m, k // group, dtype=dtype), _poisoned(m, r, dtype=torch.float32)
-        args = Quantize(
-            KINDS[kind],
-            m,
-            k,
-            r,
-            *map(_floats, (x, smooth, down)),
-            shift,
-            *map(_data, (codes, scales, hidden)),
-        )
-        self._call(
-            f"quantize_{kind.partition('-')[0]}",
-            args,
-            read=(x, smooth, down),
-            written=(codes, scales, hidden),
-        )
-        return codes, scales, hidden
+        if carried:
+            codes, scales = (t.fill_(torch.nan) for t in carrier.empty(x, m, k))
+        made = codes, scales, hidden
+        factors, scale_row = map(_floats, (x, smooth, down)), scales.stride(1) if carried else 0
+        args = Quantize(KINDS[kind], m, k, r, *factors, shift, *map(_data, made), scale_row)
+        name = "quantize_e4m3" if carried else f"quantize_{kind.partition('-')[0]}"
+        self._call(name, args, read=(x, smooth, down), written=made)
+        return made
 
     def gemm(
         self,
@@ -210,7 +202,8 @@ class Kernels:
         (m, k), n, w = codes.shape, weights.out_features, weights
         out = _poisoned(m, n, dtype=dtype) if out is None else out
         factors = map(_floats, (w.scales, w.second_scale, w.up, w.bias, addend))
-        pointers = _data(codes), _floats(scales), _data(hidden), _data(w.codes)
+        of_acts = _by_group(scales) if kind == "e4m3" else _floats(scales)
+        pointers = _data(codes), of_acts, _data(hidden), _data(w.codes)
         args = Gemm(KINDS[kind], m, n, k, w.rank, *pointers, *factors, _output(out))
         read = (codes, scales, hidden, w.codes, w.scales, w.second_scale, w.up, w.bias, addend)
         self._call(f"gemm_by_{product}", args, read=read, written=(out,))
@@ -324,6 +317,10 @@ def _floats(t: Tensor | None) -> Floats:
     return Floats(_data(t), DTYPES[t.dtype], stride)
 
 
+def _by_group(t: Tensor) -> Floats:
+    return Floats(_data(t), DTYPES[t.dtype], t.stride(1))
+
+
 @dataclass(frozen=True)
 class EmulatedOps:
     """core.reference's signatures over a GPU library's entry points, for one card and spelling."""
@@ -334,13 +331,17 @@ class EmulatedOps:
     def _kernels(self) -> Kernels:
         return Entered(self.arch, spelling=self.spelling)
 
+    @property
+    def _carried(self) -> bool:
+        return self.spelling in select.E4M3
+
     def quantize_int4(self, x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._kernels().quantize("int4", x, smooth, down)
+        return self._kernels().quantize("int4", x, smooth, down, carried=self._carried)
 
     def quantize_int4_unsigned(
         self, x: Tensor, smooth: Tensor, down: Tensor, shift: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._kernels().quantize("int4-unsigned", x, smooth, down, shift=shift)
+        return self._kernels().quantize("int4-unsigned", x, smooth, down, shift=shift, carried=self._carried)
 
     def quantize_nvfp4(self, x: Tensor, smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._kernels().quantize("nvfp4", x, smooth, down)
@@ -349,6 +350,8 @@ class EmulatedOps:
         self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object
     ) -> Tensor:
         kind = "int4-unsigned" if codes.dtype == torch.uint8 else "int4"
+        if self._carried:
+            kind, (codes, scales) = "e4m3", carrier.carried(codes, scales)
         return self._kernels().gemm("", kind, codes, scales, hidden, weights, **to)
 
     def gemm_int4_gelu(

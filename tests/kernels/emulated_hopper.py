@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from svdquant_nodes.svdquant.core.weights import LinearWeights
+from svdquant_nodes.svdquant.kernels import carrier
 
 from .emulated import Kernels
 
@@ -27,9 +27,9 @@ class Hopper(Kernels):
     def gemm_int4(
         self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object
     ) -> Tensor:
-        """As core.reference.gemm_int4, signed or unsigned by the codes' dtype."""
-        kind = "int4" if codes.dtype == torch.int8 else "int4-unsigned"
-        return self.gemm(self._entry("hopper", 4), kind, codes, scales, hidden, weights, **to)
+        """As core.reference.gemm_int4."""
+        acts = *carrier.carried(codes, scales), hidden
+        return self.gemm(self._entry("hopper", 4), "e4m3", *acts, weights, **to)
 
     def gemm_int8(
         self, codes: Tensor, scales: Tensor, hidden: Tensor, weights: LinearWeights, **to: object

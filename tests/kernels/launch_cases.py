@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdquant_nodes.svdquant.kernels import carrier
+
 BF16, F16, F32, F64, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn
 Case = tuple[str, tuple[Any, ...]]
 SHAPES = {  # M, N, K, R
@@ -236,17 +238,39 @@ def _hoppers() -> dict[str, Case]:
             for spelling in ("wgmma_s8", "wgmma_s8_x2"):
                 found[f"{spelling}-{m}-{n}-{dtype}"] = ("gemm_int8", (*acts, *rest, spelling))
             four = *_weights(n, 96, 3, 8, dtype), bias, addend, rest[-1]
-            scales = torch.zeros(m, 3, dtype=dtype)
+            carried = carrier.carried(acts[0], torch.zeros(m, 3))
             for spelling in ("wgmma_e4m3", "wgmma_e4m3_x4"):
-                for sign, codes in (("", acts[0]), ("unsigned-", acts[0].byte())):
-                    given = codes, scales, acts[2], *four, spelling
-                    found[f"{spelling}-{sign}{m}-{n}-{dtype}"] = ("gemm_int4", given)
+                found[f"{spelling}-{m}-{n}-{dtype}"] = ("gemm_int4", (*carried, acts[2], *four, spelling))
     whole = found["wgmma_s8-129-512-torch.bfloat16"][1]
     odd = torch.zeros(129, 200, dtype=torch.int8), *whole[1:3], torch.zeros(512, 200, dtype=torch.int8)
     late = torch.zeros(129 * 192 + 8, dtype=torch.int8)[8:].view(129, 192)
     found["wgmma_s8-k-of-no-16"] = ("gemm_int8", (*odd, *whole[4:]))
     found["wgmma_s8-not-aligned"] = ("gemm_int8", (late, *whole[1:]))
-    four = found["wgmma_e4m3-129-512-torch.bfloat16"][1]
-    found["e4m3-not-aligned"] = ("gemm_int4", (late, *four[1:]))
-    found["e4m3-scales-are-a-view"] = ("gemm_int4", (four[0], torch.zeros(129, 6)[:, 3:], *four[2:]))
+    return found | _carried(found["wgmma_e4m3-129-512-torch.bfloat16"][1])
+
+
+def _carried(whole: tuple[Any, ...]) -> dict[str, Case]:
+    """Activations of exact W4A4 on Hopper, and what its product refuses of them.
+
+    whole  the arguments of a right call
+    """
+    found = {}
+    for name, shape in SHAPES.items():
+        for dtype in (BF16, F16, F32):
+            for op, (*given, _) in _quantizers(shape, dtype)[:2]:
+                found[f"carried-{name}-{op}-{dtype}"] = (op, (*given, "wgmma_e4m3"))
+    codes, scales, *rest = whole
+    late = torch.zeros(129 * 192 + 8).to(E4M3)[8:].view(129, 192)
+    changes = {
+        "codes-not-aligned": (late, scales),
+        "scales-of-many": (codes, torch.zeros(3, 160)[:, 16:145].T),
+        "scales-not-aligned": (codes, torch.zeros(3, 160)[:, 15:144].T),
+        "scales-of-uneven-rows": (codes, torch.zeros(3, 129).T),
+        "scales-by-tokens": (codes, scales.contiguous()),
+        "scales-of-16-bits": (codes, torch.empty_like(scales, dtype=BF16)),
+        "codes-of-others": (codes.to(torch.int8), scales),
+        "unsigned-codes-of-others": (codes.to(torch.uint8), scales),
+    }
+    found |= {f"carried-{name}": ("gemm_int4", (*given, *rest)) for name, given in changes.items()}
+    found["carried-to-others"] = ("gemm_int4", (*whole[:-1], "mma_s8"))
     return found

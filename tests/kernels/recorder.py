@@ -7,6 +7,7 @@ instead of running them. Both sides get the same tensors. Says in JSON, for each
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ PARAMS = {  # header or name of a kernel -> what it takes, where that is not Gem
     "add_parts_kernel<256>": structs.PartsParams,
     "quantize": structs.QuantizeParams,
     "quantize_int8": structs.QuantizeParams,
+    "quantize_e4m3": structs.QuantizeParams,
     "gemm_gelu": structs.GeluParams,
     "gemm_w8a8": structs.GemmInt8,
     "gemv_awq": structs.Gemv,
@@ -38,6 +40,10 @@ PARAMS = {  # header or name of a kernel -> what it takes, where that is not Gem
     "hopper_w4a4": structs.W4A4Params,
     "hopper_expand": structs.Expand,
 }
+NAMES = {  # of dtypes in C++ and in Python
+    f"got {there}": f"got {here}"
+    for there, here in {"Char": "int8", "Byte": "uint8", "Float8_": "float8_", "BFloat16": "bfloat16"}.items()
+} | {"got Float ": "got float32 "}
 
 
 class Recording(Card):
@@ -150,8 +156,10 @@ def of_python(starts: list[Start], there: Memory) -> list[Any]:
 def outcome(call: Any, arguments: tuple[Any, ...]) -> tuple[Any, str]:
     try:
         return call(*arguments), ""
-    except RuntimeError as error:
-        return None, str(error).splitlines()[0]
+    except (RuntimeError, ValueError) as error:
+        return None, functools.reduce(
+            lambda text, name: text.replace(*name), NAMES.items(), str(error).splitlines()[0]
+        )
 
 
 def by_cpp(loaded: ctypes.CDLL, arch: int, op: str, given: tuple[Any, ...]) -> tuple[list[Any], Any]:

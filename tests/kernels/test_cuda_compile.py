@@ -49,6 +49,7 @@ INSTRUCTIONS = {
     "gemm_mxf4.cu": on(CARDS) | on(FLOATS, "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"),
     "quantize_int.cu": HALVES,
     "quantize_int8.cu": HALVES,
+    "quantize_e4m3.cu": on(CARDS) | on(HOPPER, "HMMA.16816.F32", "HMMA.16816.F32.BF16"),
     "quantize_nvfp4.cu": HALVES,
     "gemv_awq.cu": on(CARDS),
     "hopper_w8a8.cu": on(CARDS) | on(HOPPER, *(f"IGMMA.64x{n}x32.S8.S8" for n in (256, 192, 128, 96))),

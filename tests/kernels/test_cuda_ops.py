@@ -98,19 +98,93 @@ def test_eight_bits_on_hopper(spelling):
 @pytest.mark.parametrize("spelling", ["wgmma_e4m3", "wgmma_e4m3_x4"])
 @pytest.mark.parametrize("name", ["int4", "int4-unsigned"])
 def test_four_bits_on_hopper(name, spelling):
-    """Through the copy engine's maps of what was made in scratch memory; few tokens run as elsewhere."""
+    """Through the copy engine's maps of what the quantizer wrote and of what was made in scratch memory."""
     functions, weights = Functions(90), layers.random_linear(name, 136, 192, 24)
     here, x = op_set(90, spelling, functions), layers.random(130, 192, seed=8, dtype=torch.bfloat16)
-    shift = (weights.spec.act_shift,) if weights.spec.act_shift else ()
-    made = getattr(reference, f"quantize_{name.replace('-', '_')}")(x, weights.smooth, weights.down, *shift)
+    made, want = linear.quantize(x, weights, here), linear.quantize(x, weights, reference)
+    assert made[0].dtype == torch.float8_e4m3fn and made[1].stride() == (1, 132)
+    assert torch.equal(made[0].float(), want[0].float()) and torch.equal(made[1], want[1].float())
     in_clusters = spelling.endswith("x4")
-    want = Hopper(clusters=in_clusters).gemm_int4(*made, weights)
-    assert torch.equal(here.gemm_int4(*made, weights), want)
+    y = here.gemm_int4(*made, weights)
+    assert torch.equal(y, Hopper(clusters=in_clusters).gemm_int4(*made, weights))
+    assert torch.equal(y, here.gemm_int4(*want[:2], made[2], weights))  # codes of another's are carried first
+    assert_close(y, reference.gemm_int4(*want, weights), "split_branch")
     tile = f"W4A4Tile<Cluster<{2 if in_clusters else 1}, {2 if in_clusters else 1}>>"
-    assert [entry[0] for entry in functions.launched] == ["expand_kernel<64>"] * 2 + [f"w4a4_kernel<{tile}>"]
-    few = [t[:128] for t in made]
-    assert_close(here.gemm_int4(*few, weights), reference.gemm_int4(*few, weights), "split_branch")
-    assert functions.launched[-1][0] == "gemm_int4_kernel<SmallTile, Int8Product>"
+    launched = [entry[0] for entry in functions.launched]
+    product = ["expand_kernel<64>", f"w4a4_kernel<{tile}>"]
+    assert launched == ["quantize_e4m3_kernel<DType::kBF16, 32>", *product, *product]
+
+
+MIXED = {  # who quantizes, who multiplies -> what is said
+    "bytes-to-hopper": ("mma_s8", "wgmma_e4m3", "codes: expected float8_e4m3fn for this spelling, got int8"),
+    "e4m3-to-others": (
+        "wgmma_e4m3",
+        "mma_s8",
+        "codes: expected int8 or uint8 for this spelling, got float8_e4m3fn",
+    ),
+}
+
+
+@pytest.mark.parametrize(("first", "second", "message"), MIXED.values(), ids=MIXED)
+def test_a_product_refuses_what_another_spelling_wrote(first, second, message):
+    space, w = cuda_ops.CudaOps(lambda _: card(90, Functions())), layers.random_linear("int4", 32, 64, 4)
+    made = space.quantize_int4(layers.random(3, 64, seed=1), w.smooth, w.down, first)
+    with pytest.raises(ValueError, match=message):
+        space.gemm_int4(*made, w.codes, w.scales, w.up, w.bias, None, torch.empty(3, 32), second)
+
+
+@pytest.mark.parametrize("tokens", [128, 129])
+@pytest.mark.parametrize("name", ["int4", "int4-unsigned"])
+def test_what_hopper_quantizes_is_what_its_product_reads(monkeypatch, name, tokens):
+    """As select.py chooses, on either side of the number of tokens where it changes its mind."""
+    functions, hopper = Functions(), select.Device("cuda", capability=(9, 0))
+    monkeypatch.setattr(ops, "choose", lambda request, *_: select.choose(hopper, request))
+    monkeypatch.setattr(ops, "_known", ops._known.__wrapped__)  # nothing of this card is to be remembered
+    monkeypatch.setattr(torch.ops, "svdquant", cuda_ops.CudaOps(lambda _: card(90, functions)))
+    w, x = layers.random_linear(name, 136, 64, 8), layers.random(tokens, 64, seed=8, dtype=torch.bfloat16)
+    linear.linear(x, w, ops.OpSet("auto"))
+    few = ["quantize_kernel<DType::kBF16, false, 32>", "gemm_int4_kernel<SmallTile, Int8Product>"]
+    square = "w4a4_kernel<W4A4Tile<Cluster<2, 2>>>"
+    many = ["quantize_e4m3_kernel<DType::kBF16, 32>", "expand_kernel<64>", square]
+    assert [entry[0] for entry in functions.launched] == (few if tokens == 128 else many)
+
+
+@pytest.fixture
+def on_cpu():
+    """Hopper's ops in Python behind torch.ops, for tensors of the CPU."""
+    space = cuda_ops.CudaOps(lambda _: card(90, Functions(90)))
+    ops.declare()
+    with torch.library._scoped_library("svdquant", "IMPL") as library:
+        for name in select.INT4_OPS:
+            library.impl(name, getattr(space, name), "CPU")
+        yield torch.ops.svdquant
+
+
+@emulated
+@pytest.mark.parametrize("m", [0, 1, 7, 130])
+def test_the_fake_kernels_know_what_hopper_quantizes(on_cpu, m):
+    """Types and strides."""
+    w, x = layers.random_linear("int4", 40, 128, 8), layers.random(m, 128, seed=3, dtype=torch.bfloat16)
+    for op, shift in ((on_cpu.quantize_int4, ()), (on_cpu.quantize_int4_unsigned, (0.5,))):
+        arguments = (x, w.smooth, w.down, *shift, "wgmma_e4m3")
+        torch.library.opcheck(op, arguments, test_utils=["test_faketensor", "test_aot_dispatch_dynamic"])
+
+
+@emulated
+def test_hopper_compiles_without_a_break(on_cpu):
+    class Named(ops.OpSet):
+        def _choose(self, *_: object) -> str:
+            return "wgmma_e4m3"
+
+    w, x = layers.random_linear("int4", 40, 128, 8), layers.random(6, 128, seed=3, dtype=torch.bfloat16)
+
+    def layer(x):
+        return linear.linear(torch.nn.functional.silu(x), w, Named())
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for tokens in (6, 3):
+            assert torch.equal(compiled(x[:tokens]), layer(x[:tokens]))
 
 
 @emulated

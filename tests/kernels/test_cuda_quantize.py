@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
 from svdquant_nodes.svdquant.core import reference
 from svdquant_nodes.svdquant.core.weights import GELU_SHIFT
+from svdquant_nodes.svdquant.kernels import carrier
 from svdquant_nodes.tests import layers
 from svdquant_nodes.tests.kernels.emulated import COMPILER, KernelError, Kernels
 from svdquant_nodes.tests.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot be emulated")
 
-KINDS = ["int4", "int4-unsigned", "nvfp4", "int8", "int8-unsigned"]
+KINDS = ["int4", "int4-unsigned", "nvfp4", "int8", "int8-unsigned", "e4m3", "e4m3-unsigned"]
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = {  # M, K, R
     "m=1-one-token": (1, 64, 16),
@@ -44,18 +47,24 @@ def expected(kind, x, smooth, down):
         return reference.quantize_nvfp4(x, smooth, down)
     if kind.startswith("int8"):
         return reference.quantize_int8(x, smooth, down, shift_of(kind))
+    if kind.startswith("e4m3"):
+        codes, scales, hidden = expected(kind.replace("e4m3", "int4"), x, smooth, down)
+        return *carrier.carried(codes, scales), hidden
     if kind == "int4-unsigned":
         return reference.quantize_int4_unsigned(x, smooth, down, GELU_SHIFT)
     return reference.quantize_int4(x, smooth, down)
 
 
 def emulate(kind, x, smooth, down, arch=80, **how):
-    name = "int8" if kind.startswith("int8") else kind
-    return Kernels(arch, **how).quantize(name, x, smooth, down, shift=shift_of(kind))
+    name = "int8" if kind.startswith("int8") else kind.replace("e4m3", "int4")
+    carried = kind.startswith("e4m3")
+    card = Kernels(90 if carried else arch, **how)
+    return card.quantize(name, x, smooth, down, shift=shift_of(kind), carried=carried)
 
 
 def check(got, want):
-    assert torch.equal(got[0], want[0]), "codes"
+    codes = [made[0].view(torch.uint8) for made in (got, want)]  # of e4m3 too: a zero has no sign
+    assert got[0].dtype == want[0].dtype and torch.equal(*codes), "codes"
     assert got[1].dtype == want[1].dtype and torch.equal(got[1].float(), want[1].float()), "scales"
     assert_close(got[2], want[2], "fp32_sum")
 
@@ -76,13 +85,12 @@ def test_int8_of_columns_that_fill_no_chunk(k, dtype):
     check(emulate("int8-unsigned", *args), expected("int8-unsigned", *args))
 
 
-CARDS = {"sm75": 75, "sm80": 80, "sm90": 90}
+CARDS = (75, 80, 90)
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["in-order", "backwards"])
-@pytest.mark.parametrize("arch", CARDS.values(), ids=CARDS)
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
-@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize(("kind", "arch"), [*product(["int4", "int8"], CARDS), ("e4m3", 90)])
 def test_every_card_and_order_of_warps(kind, arch, dtype, backwards):
     """Turing has no bf16 products, and another fp16 one."""
     args = inputs(kind, 19, 640, 40, dtype)
@@ -100,7 +108,7 @@ def test_activations_and_weights_of_two_types(kind, x_type, w_type):
 
 @pytest.mark.parametrize("offset", [0, 1, 4, 8], ids="starts-at-column-{}".format)
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
-@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("kind", ["int4", "int8", "e4m3"])
 def test_columns_of_a_wider_matrix(kind, dtype, offset):
     """A host layer's slice: rows apart, and at addresses that forbid wide loads."""
     wide, smooth, down = inputs(kind, 17, 256, 16, dtype)
@@ -122,7 +130,7 @@ def test_zeros_ties_and_extremes(kind, dtype):
     check(emulate(kind, *args), expected(kind, *args))
 
 
-@pytest.mark.parametrize("kind", ["int4", "nvfp4", "int8"])
+@pytest.mark.parametrize("kind", ["int4", "nvfp4", "int8", "e4m3"])
 def test_nan_reaches_the_scale(kind):
     x, smooth, down = inputs(kind, 2, 64, 0, torch.bfloat16)
     x[1, 3] = float("nan")
@@ -134,3 +142,6 @@ def test_refuses_what_it_cannot_read():
     x, smooth, down = inputs("int4", 2, 64, 16, torch.bfloat16)
     with pytest.raises(KernelError, match="smooth must be contiguous"):
         emulate("int4", x, smooth.repeat_interleave(2)[::2], down)
+    for arch in (80, 120):
+        with pytest.raises(KernelError, match="this card has no products of warpgroups"):
+            Kernels(arch).quantize("int4", x, smooth, down, carried=True)

@@ -9,6 +9,7 @@ import torch
 
 from svdquant_nodes.svdquant.core import int4, linear, reference
 from svdquant_nodes.svdquant.core.weights import INT4, LinearWeights
+from svdquant_nodes.svdquant.kernels import carrier
 from svdquant_nodes.tests import layers
 from svdquant_nodes.tests.kernels.emulated import COMPILER, EmulatedOps, KernelError
 from svdquant_nodes.tests.kernels.emulated_hopper import ARCH, Hopper
@@ -98,20 +99,21 @@ def test_types(dtype):
     assert_close(got, reference.gemm_int4(*args), name)
 
 
-def test_without_bias_and_scales_apart():
+def test_without_bias_and_groups_apart():
+    """Scales of some tokens among those of others."""
     codes, scales, hidden, weights = inputs("signed", 5, 64, 192, 16)
-    weights = replace(weights, bias=None)
-    wide = torch.full((5, 7), float("nan"), dtype=scales.dtype)
-    wide[:, 2:5] = scales
-    args = codes, wide[:, 2:5], hidden, weights
+    weights, codes = replace(weights, bias=None), carrier.carried(codes, scales)[0]
+    wide = torch.full((3, 16), float("nan"))
+    wide[:, 4:9] = scales.T
+    args = codes, wide[:, 4:9].T, hidden, weights
     assert_close(Hopper().gemm_int4(*args), reference.gemm_int4(*args), "split_branch")
 
 
 @pytest.mark.parametrize("spelling", ["wgmma_e4m3", "wgmma_e4m3_x4"])
 @pytest.mark.parametrize("name", ["int4", "int4-unsigned"])
-@pytest.mark.parametrize("tokens", [128, 130], ids=["one-row-of-tiles", "two-rows"])
+@pytest.mark.parametrize("tokens", [5, 130], ids=["one-row-of-tiles", "two-rows"])
 def test_layer(name, tokens, spelling):
-    """Through the entry points, where few tokens take the product that needs no pass over the weights."""
+    """Through the entry points: what the quantizer writes is what the product reads."""
     weights = layers.random_linear(name, 72, 192, 24)
     x = layers.random(tokens, 192, seed=8, dtype=torch.bfloat16)
     if name == "int4-unsigned":
@@ -122,6 +124,7 @@ def test_layer(name, tokens, spelling):
 
 def test_refusals():
     codes, scales, hidden, weights = inputs("signed", 2, 64, 64, 16)
-    shifted = torch.zeros(1 + codes.numel(), dtype=torch.int8)[1:].view(2, 64)
+    codes, scales = carrier.carried(codes, scales)
+    shifted = torch.zeros(1 + codes.numel(), dtype=carrier.CODES)[1:].view(2, 64)
     with pytest.raises(KernelError, match="multiple of 16 bytes"):
         Hopper().gemm_int4(shifted, scales, hidden, weights)

@@ -48,6 +48,13 @@ CHOICES = {  # device, request, spelling
     "hopper": (H100, INT4, "wgmma_e4m3_x4"),
     "hopper-where-clusters-failed": (WITHOUT_CLUSTERS, INT4, "wgmma_e4m3"),
     "hopper-that-failed": (UNPROVEN, INT4, "mma_s8"),
+    "hopper-of-few-tokens": (H100, Request("gemm_int4", "bfloat16", tokens=128), "mma_s8"),
+    "hopper-of-more": (H100, Request("quantize_int4", "bfloat16", tokens=129), "wgmma_e4m3_x4"),
+    "hopper-of-few-by-name": (
+        H100,
+        Request("gemm_int4", "bfloat16", tokens=1, wanted="wgmma_e4m3"),
+        "wgmma_e4m3",
+    ),
     "blackwell": (BLACKWELL, INT4, "mma_s8"),
     "nvfp4-on-turing": (TURING, Request("quantize_nvfp4", "float16"), "mma_f16"),
     "nvfp4-on-ada": (ADA, Request("gemm_nvfp4", "bfloat16"), "mma_f16"),
@@ -103,6 +110,7 @@ CHOICES = {  # device, request, spelling
         "gelu_s8",
     ),
     "gelu-on-hopper": (H100, GELU, "apart"),
+    "gelu-on-hopper-of-few-tokens": (H100, Request("gemm_int4_gelu", "bfloat16", tokens=128), "gelu_s8"),
     "gelu-on-hopper-that-failed": (UNPROVEN, GELU, "gelu_s8"),
     "gelu-on-blackwell": (BLACKWELL, GELU, "gelu_s8"),
     "gelu-on-a-cpu": (X86, GELU, "apart"),
@@ -144,6 +152,21 @@ def test_choice(device, request_, spelling):
     assert choose(device, request_).spelling == spelling
 
 
+@pytest.mark.parametrize("wanted", ["auto", "off", "mma_s8", "wgmma_e4m3", "wgmma_e4m3_x4", "gelu_s8"])
+@pytest.mark.parametrize("tokens", [1, 128, 129, 4608])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "device", [H100, WITHOUT_CLUSTERS, UNPROVEN, ADA], ids=["h100", "alone", "none", "ada"]
+)
+def test_who_quantizes_multiplies(device, dtype, tokens, wanted):
+    """A product knows its activations by the scales, which are fp32 beside carried integers."""
+    near = select.about("gemm_int4", tokens)
+    first = choose(device, Request("quantize_int4", dtype, tokens=near, wanted=wanted)).spelling
+    carried = "float32" if first in select.E4M3 else dtype
+    second = choose(device, Request("gemm_int4", carried, tokens=near, wanted=wanted)).spelling
+    assert first == second
+
+
 REASONS = {  # device, request, spelling, reason
     "feature": (ARM, INT4, "avx2", "this processor has no avx2"),
     "library": (NO_COMPILER, INT4, "avx2", "no C++ compiler named g++ was found"),
@@ -164,6 +187,12 @@ REASONS = {  # device, request, spelling, reason
     ),
     "capability": (UNPROVEN, INT4, "mma_s4", "mma.s4 needs compute capability 8.0 to 8.9, this is 9.0"),
     "one-capability": (UNPROVEN, INT4, "mma_sm75", "mma.m8n8k32 needs compute capability 7.5, this is 9.0"),
+    "few-tokens": (
+        H100,
+        Request("gemm_int4", "bfloat16", tokens=128),
+        "wgmma_e4m3_x4",
+        "fewer than 129 tokens",
+    ),
     "self-test": (UNPROVEN, INT4, "wgmma_e4m3", "it failed the self-test"),
     "on-request": (OLD_X86, INT4, "portable", "slower than torch for a whole picture"),
     "old-torch": (

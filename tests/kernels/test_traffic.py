@@ -58,9 +58,10 @@ def run_gelu(kernels, product, shape):
     kernels.gemm_gelu(product, *x, first, then, walk=None)
 
 
-def run_quantize(kernels, kind, r=32, dtype=torch.bfloat16):
+def run_quantize(kernels, kind, r=32, dtype=torch.bfloat16, carried=False):
     w = layers.random_linear("nvfp4" if kind == "nvfp4" else "int4", 64, 1024, r, dtype=dtype, seed=3)
-    kernels.quantize(kind, layers.random(32, 1024, seed=1, dtype=dtype), w.smooth, w.down)
+    x = layers.random(32, 1024, seed=1, dtype=dtype)
+    kernels.quantize(kind, x, w.smooth, w.down, carried=carried)
 
 
 def run_gemv(kernels, m):
@@ -85,6 +86,7 @@ CASES = {
     "quantize_int4-r128": (80, lambda k: run_quantize(k, "int4", 128)),
     "quantize_int8": (80, lambda k: run_quantize(k, "int8")),
     "quantize_nvfp4": (80, lambda k: run_quantize(k, "nvfp4")),
+    "quantize_e4m3": (90, lambda k: run_quantize(k, "int4", carried=True)),
     "quantize-fp32": (80, lambda k: run_quantize(k, "int4", dtype=torch.float32)),
     "gemv-one": (80, lambda k: run_gemv(k, 1)),
     "gemv-eight": (80, lambda k: run_gemv(k, 8)),

@@ -35,6 +35,7 @@ int size_of_struct(int which) {
 }
 
 const char* quantize_int4(const Quantize* args) { return cuda::quantize_int4(*args, {}); }
+const char* quantize_e4m3(const Quantize* args) { return cuda::quantize_e4m3(*args, {}); }
 const char* quantize_int8(const Quantize* args) { return cuda::quantize_int8(*args, {}); }
 const char* quantize_nvfp4(const Quantize* args) { return cuda::quantize_nvfp4(*args, {}); }
 

@@ -140,4 +140,15 @@ void wgmma_bf16(float (&sums)[kCount], const unsigned (&a)[4], uint64_t b) {
   start_product({Format::kBF16, 2 * kCount, true, true, 0, b, {a[0], a[1], a[2], a[3]}, sums, 0});
 }
 
+// To nearest even, in steps of an eighth of the power of two below, at least of 2^-9; beyond 448 it stays there.
+inline unsigned e4m3_of(float value) {
+  if (value != value) return 0x7f;
+  const float a = std::fmin(std::fabs(value), 448.0f);
+  const int exponent = a < 0x1p-6f ? -6 : std::ilogb(a);
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(a, 3 - exponent)));  // 16 carries into the exponent
+  return (std::signbit(value) ? 0x80 : 0) + ((exponent + 6) << 3) + steps;
+}
+
+inline unsigned to_e4m3x2(float low, float high) { return e4m3_of(low) | e4m3_of(high) << 8; }
+
 }  // namespace svdquant::cuda

@@ -31,7 +31,7 @@ const Field kFields[] = {
     FIELD(Output, data), FIELD(Output, dtype), FIELD(Output, stride),
     FIELD(Quantize, kind), FIELD(Quantize, m), FIELD(Quantize, k), FIELD(Quantize, r), FIELD(Quantize, x),
     FIELD(Quantize, smooth), FIELD(Quantize, down), FIELD(Quantize, shift), FIELD(Quantize, codes),
-    FIELD(Quantize, scales), FIELD(Quantize, hidden),
+    FIELD(Quantize, scales), FIELD(Quantize, hidden), FIELD(Quantize, scale_row),
     FIELD(QuantizeParams, args), FIELD(QuantizeParams, inverse), FIELD(QuantizeParams, low), FIELD(QuantizeParams, high),
     FIELD(Gemm, kind), FIELD(Gemm, m), FIELD(Gemm, n), FIELD(Gemm, k), FIELD(Gemm, r), FIELD(Gemm, codes),
     FIELD(Gemm, scales), FIELD(Gemm, hidden), FIELD(Gemm, weight_codes), FIELD(Gemm, weight_scales),
@@ -50,7 +50,7 @@ const Field kFields[] = {
     FIELD(W8A8Params, finish),
     FIELD(W4A4Params, codes), FIELD(W4A4Params, weights), FIELD(W4A4Params, scales), FIELD(W4A4Params, weight_scales),
     FIELD(W4A4Params, grid), FIELD(W4A4Params, steps), FIELD(W4A4Params, finish),
-    FIELD(Expand, codes), FIELD(Expand, packed), FIELD(Expand, table), FIELD(Expand, scales), FIELD(Expand, rows),
+    FIELD(Expand, codes), FIELD(Expand, scales), FIELD(Expand, n),
     FIELD(Expand, k), FIELD(Expand, to_codes), FIELD(Expand, to_scales), FIELD(Expand, scale_row),
     FIELD(Expand, blocks),
 };
