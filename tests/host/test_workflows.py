@@ -20,39 +20,48 @@ STAND_INS = {
     "SVDQuantLoadModel": "diffusion_models/svdquant-demo-int4.safetensors",
     "UNETLoader": "diffusion_models/svdquant-demo-bf16.safetensors",
     "SVDQuantQuantize": "diffusion_models/svdquant-demo-bf16.safetensors",
+    "SVDQuantQuantizeTextEncoder": "diffusion_models/svdquant-demo-bf16.safetensors",
     "SVDQuantApplyLora": "loras/svdquant-demo-lora.safetensors",
 }
 
 
 @pytest.fixture(scope="module")
 def with_files(comfy):
-    """The host with a file of every name that a workflow loads."""
-    made = []
-
-    def put(folder, name, node):
-        path = comfy.base_dir / "models" / folder / name
+    """The host with a file of every name that a workflow loads, all of them empty."""
+    made = {path for workflow in WORKFLOWS for path, _ in files(comfy, workflow) if not path.exists()}
+    for path in made:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if node in STAND_INS:
-                shutil.copy(ROOT / "demo" / STAND_INS[node], path)
-            else:
-                path.touch()
-            made.append(path)
-
-    for workflow in WORKFLOWS:
-        drawn = json.loads((ROOT / "workflows" / f"{workflow.name}.json").read_text(encoding="utf-8"))
-        for node in drawn["nodes"]:
-            for model in node["properties"].get("models", ()):
-                put(model["directory"], model["name"], node["type"])
-        for name, _ in workflow.made:
-            put("diffusion_models", name, "SVDQuantLoadModel")
-            put("text_encoders", name, "SVDQuantLoadTextEncoder")
+        path.touch()
     image = comfy.base_dir / "input" / "example.png"
     shutil.copy(comfy.server.host.tree / "input" / "example.png", image)
-    made.append(image)
     yield comfy
-    for path in made:
+    for path in (*made, image):
         path.unlink()
+
+
+def files(comfy, workflow):
+    """What a workflow loads, and the nodes that do."""
+    drawn = json.loads((ROOT / "workflows" / f"{workflow.name}.json").read_text(encoding="utf-8"))
+    models = comfy.base_dir / "models"
+    for node in drawn["nodes"]:
+        for model in node["properties"].get("models", ()):
+            yield models / model["directory"] / model["name"], node["type"]
+    for name, _ in workflow.made:
+        yield models / "diffusion_models" / name, "SVDQuantLoadModel"
+        yield models / "text_encoders" / name, "SVDQuantLoadTextEncoder"
+
+
+@pytest.fixture
+def with_stand_ins(with_files, workflow):
+    """What this workflow's nodes look into; another workflow's node may want the same file empty."""
+    wanted = ((path, STAND_INS.get(node)) for path, node in files(with_files, workflow))
+    stand_ins = {path: demo for path, demo in wanted if demo and not path.stat().st_size}
+    for path, demo in stand_ins.items():
+        shutil.copy(ROOT / "demo" / demo, path)
+    yield with_files
+    for path in stand_ins:
+        path.unlink()  # and not emptied: the host may still have it mapped
+        path.touch()
 
 
 def wait_for(comfy, number):
@@ -64,11 +73,11 @@ def wait_for(comfy, number):
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.name)
-def test_workflow_is_accepted(with_files, workflow):
+def test_workflow_is_accepted(with_stand_ins, workflow):
     """It runs to its end, or to the first node that opens a file: those are there by name only."""
     prompt = json.loads((ROOT / "workflows" / "api" / f"{workflow.name}.json").read_text(encoding="utf-8"))
-    number = with_files.client.queue(prompt)  # raises PromptRefused
-    messages = wait_for(with_files, number)["status"]["messages"]
+    number = with_stand_ins.client.queue(prompt)  # raises PromptRefused
+    messages = wait_for(with_stand_ins, number)["status"]["messages"]
     stopped = [told["node_type"] for event, told in messages if event == "execution_error"]
     assert len(stopped) == (workflow.name != "demo"), stopped
     assert all("Load" in node or node == "SVDQuantQuantizeTextEncoder" for node in stopped), stopped
