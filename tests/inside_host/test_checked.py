@@ -79,3 +79,30 @@ def test_text_encoders_of_another_folder_layout(model):
     )
     refused = quantize_text_encoder.SVDQuantQuantizeTextEncoder.validate_inputs("x/model.4bit.safetensors")
     assert refused.startswith("model.4bit.safetensors: expected a safetensors file")
+
+
+def refusing(path):
+    if path.name.startswith("bad"):
+        raise ValueError(f"{path.stem}: expected a model, got none")
+
+
+CHECKED = {  # names -> the answer
+    "one": (("good",), True),
+    "none-yet": ((None,), True),
+    "no-names": ((), True),
+    "a-bad-one-behind": ((None, "good", "bad-1", "bad-2"), "bad-1: expected a model, got none"),
+}
+
+
+@pytest.mark.parametrize(("names", "answer"), CHECKED.values(), ids=CHECKED)
+def test_files_are_refused_in_the_words_of_their_check(model, names, answer):
+    for name in ("good", "bad-1", "bad-2"):
+        model.with_name(f"{name}.safetensors").touch()
+    files = [name and f"flux/{name}.safetensors" for name in names]
+    assert checked.checked(folders.MODELS, *files, check=refusing) == answer
+
+
+def test_what_is_no_refusal_is_raised(model):
+    """A mistake of ours is not told as if it were the user's."""
+    with pytest.raises(KeyError):
+        checked.checked(folders.MODELS, "flux/model.4bit.safetensors", check={}.__getitem__)

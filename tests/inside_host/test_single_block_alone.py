@@ -292,7 +292,6 @@ def test_a_model_is_freed_with_its_last_reference():
 
 
 LEFT_ALONE = {
-    "nvfp4": dict(first="nvfp4", second="nvfp4"),
     "nvfp4-behind": dict(second="nvfp4"),
     "shifted-before": dict(first="int4-unsigned"),
 }
@@ -301,6 +300,17 @@ LEFT_ALONE = {
 @pytest.mark.parametrize("formats", LEFT_ALONE.values(), ids=LEFT_ALONE)
 def test_what_is_no_pair_is_left_alone(formats):
     assert single_block.install(make(installed=False, **formats)) == 0
+
+
+@pytest.mark.parametrize("fused", ["gemm_int4_gelu", "gemm_nvfp4_gelu"])
+def test_pairs_of_an_op_that_a_device_does_not_fuse_are_left_alone(fused):
+    pairs = {
+        "gemm_int4_gelu": make(installed=False),
+        "gemm_nvfp4_gelu": make(first="nvfp4", second="nvfp4", installed=False),
+    }
+    assert {op: single_block.install(model, [fused]) for op, model in pairs.items()} == {
+        op: op == fused for op in pairs
+    }
 
 
 @pytest.mark.parametrize("change", [SWAPPED["in-one-part"][0], SWAPPED["the-first-in-one-part"][0]])
