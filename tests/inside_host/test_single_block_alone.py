@@ -302,6 +302,11 @@ def test_what_is_no_pair_is_left_alone(formats):
     assert single_block.install(make(installed=False, **formats)) == 0
 
 
+def test_nvfp4_at_once(calls):
+    formats = dict(first="nvfp4", second="nvfp4")
+    assert torch.equal(run(make(**formats)), run(make(installed=False, **formats))) and calls == 1
+
+
 @pytest.mark.parametrize("fused", ["gemm_int4_gelu", "gemm_nvfp4_gelu"])
 def test_pairs_of_an_op_that_a_device_does_not_fuse_are_left_alone(fused):
     pairs = {
