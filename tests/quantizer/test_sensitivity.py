@@ -256,7 +256,7 @@ def test_command_line_by_error(source, tmp_path):
 BAD = {
     "both": (("--budget", "1GB", "--error", "5"), "expected one of them, got both"),
     "size": (("--budget", "large"), "expected a size such as 6.5GB, 900MB"),
-    "percentage": (("--error", "small"), "expected a percentage such as 5"),
+    "percentage": (("--error", "small"), "expected a percentage above 0, such as 5, got 'small'"),
     "formats-alone": (("--formats", "int4"), "expected --budget or --error beside it"),
 }
 

@@ -256,9 +256,9 @@ def test_from_a_shell(tmp_path):
     assert "mean error of weights" in done.stdout
     shown = svdquant("inspect", target).stdout
     assert shown.startswith("out.safetensors: nunchaku_t5, T5\n") and "awq g128" in shown
-    done = svdquant(
-        "quantize", made.save(tmp_path / "q.safetensors", decoder()), target, "--group", "64", "--quiet"
-    )
+    again = ["quantize", made.save(tmp_path / "q.safetensors", decoder()), target, "--group", "64", "--quiet"]
+    assert "expected a new file, got one that is there" in svdquant(*again).stderr
+    done = svdquant(*again, "--overwrite")
     assert "q.safetensors: Qwen2.5-VL, 14 linears in int4 of group 64" in done.stdout, done.stderr
     again = svdquant("quantize", path, tmp_path / "b.safetensors", "--precision", "nvfp4")
     assert again.returncode == 2 and "--precision nvfp4: a text encoder is quantized from" in again.stderr
