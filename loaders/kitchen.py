@@ -21,15 +21,7 @@ from torch import Tensor
 
 from ..svdquant.core import tiles
 from ..svdquant.core.weights import GELU_SHIFT, LinearWeights, QuantSpec
-from .checkpoint import (
-    Checkpoint,
-    LayerInfo,
-    assemble,
-    check_tensor,
-    group_keys,
-    layer_bytes,
-    require,
-)
+from .checkpoint import Checkpoint, LayerInfo, assemble, check_tensor, group_keys, layer_bytes, require
 from .tensorfile import TensorFile
 from .writer import Progress, write_checkpoint
 

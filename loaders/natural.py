@@ -113,7 +113,7 @@ def _act_shift(files: TensorFile, keys: Mapping[str, str]) -> float:
     shift = float(files[keys["act_shift"]].flatten()[0]) if "act_shift" in keys else 0.0
     if not 0 <= shift < math.inf:
         raise ValueError(
-            f"{files.path.name}: {keys['act_shift']}: expected a finite number above 0, got {shift}. {_HINT}"
+            f"{files.path.name}: {keys['act_shift']}: expected a finite number from 0 on, got {shift}. {_HINT}"
         )
     return shift
 

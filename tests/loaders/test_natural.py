@@ -119,12 +119,12 @@ BAD = {
     "shift-nan": (
         "int4",
         dict(act_shift=torch.tensor([float("nan")])),
-        "act_shift: expected a finite number above 0, got nan",
+        "act_shift: expected a finite number from 0 on, got nan",
     ),
     "shift-below-zero": (
         "int4",
         dict(act_shift=torch.tensor([-0.5])),
-        "act_shift: expected a finite number above 0, got -0.5",
+        "act_shift: expected a finite number from 0 on, got -0.5",
     ),
     "two-shifts": ("int4", dict(act_shift=torch.ones(2)), "act_shift: expected 1 elements"),
 }
